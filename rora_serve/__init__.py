@@ -1,0 +1,1 @@
+"""Serving many adapters beside their base model from one vLLM engine."""
