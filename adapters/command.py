@@ -1,0 +1,27 @@
+"""What our three commands share: one line for an error, and the exit codes 0, 1 and 2."""
+
+import sys
+from collections.abc import Callable
+
+from adapters.errors import AdapterNameError, ConfigError, RoraError
+
+FAILED = 1
+WRONG_USAGE = 2
+
+
+def run_command(program: str, action: Callable[[], int]) -> int:
+    """Run `action` and turn an error that we raise on purpose into one line on stderr.
+
+    Returns: what `action` returned, 2 for wrong usage, 1 for any other failure, 130 after Ctrl-C.
+    """
+    try:
+        return action()
+    except (ConfigError, AdapterNameError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    except RoraError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,76 @@
+"""Every error that this project raises on purpose; owns the tree, no logic.
+
+RoraError
+├── ConfigError (ValueError)               a setting, a flag, a key of a configuration file
+├── DataError (ValueError)                 a line of training or evaluation data
+├── BaseModelError (ValueError)            a base model folder, name or build
+├── ArtifactError (ValueError)             an adapter folder
+│   ├── ArtifactHeaderError                the header of adapter_model.safetensors
+│   ├── AdapterConfigError                 adapter_config.json
+│   ├── RankMismatchError                  config and tensors disagree on a rank
+│   └── AdapterMismatchError               the adapter does not fit the running base model
+├── AdapterNameError (ValueError)          a name that breaks the grammar or is reserved
+├── AdapterNotFoundError (LookupError)     a name, alias or digest that the store does not hold
+├── StoreError (OSError)                   the store's own files
+├── TrainingError (RuntimeError)           a run that can not go on, or whose result can not be used
+└── EngineSeamError (RuntimeError)         the engine runs without our layers
+
+A message reads "where: what was found, what was expected; what to do", on one line. Each class also
+inherits the built-in error that it refines, so that callers may catch either.
+"""
+
+
+class RoraError(Exception):
+    """Base of all errors raised on purpose; its text is one line fit for a user."""
+
+
+class ConfigError(RoraError, ValueError):
+    """A setting, a flag or a key of a configuration file is wrong."""
+
+
+class DataError(RoraError, ValueError):
+    """A line of training or evaluation data is wrong."""
+
+
+class BaseModelError(RoraError, ValueError):
+    """A base model can not be found, built or used."""
+
+
+class ArtifactError(RoraError, ValueError):
+    """An adapter folder breaks the format."""
+
+
+class ArtifactHeaderError(ArtifactError):
+    """The header of a safetensors file is wrong."""
+
+
+class AdapterConfigError(ArtifactError):
+    """adapter_config.json is wrong or asks for something that we do not apply."""
+
+
+class RankMismatchError(ArtifactError):
+    """The configuration and the tensors of an adapter disagree on a rank."""
+
+
+class AdapterMismatchError(ArtifactError):
+    """An adapter does not fit the base model that runs."""
+
+
+class AdapterNameError(RoraError, ValueError):
+    """An adapter name breaks the grammar of names or is reserved."""
+
+
+class AdapterNotFoundError(RoraError, LookupError):
+    """No adapter has this name, alias or digest."""
+
+
+class StoreError(RoraError, OSError):
+    """The store's own files are missing, broken or can not be written."""
+
+
+class TrainingError(RoraError, RuntimeError):
+    """A training run can not go on, or its result can not be used."""
+
+
+class EngineSeamError(RoraError, RuntimeError):
+    """The engine does not run our adapter layers."""

@@ -1,0 +1,121 @@
+"""Writing an adapter folder in one step: a reader sees the whole folder or none.
+
+Owns the order temporary folder, sync, rename, for adapters and for single files; the store uses it
+too.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from adapters.artifact import NUMPY_DTYPES, PROVENANCE_FILE, WEIGHTS_FILE
+from adapters.config import CONFIG_FILE, AdapterConfig
+from adapters.errors import ArtifactError
+
+FactorPair = tuple[NDArray[Any], NDArray[Any]]
+
+
+def write_artifact(
+    folder: Path,
+    config: AdapterConfig,
+    factors: Mapping[str, FactorPair],
+    *,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write an adapter folder; `folder` appears complete or not at all.
+
+    Equal input gives equal bytes.
+
+    Args:
+        folder: must not exist yet; its parents are made.
+        config: the scaling of every module, by its patterns.
+        factors: per module (without PEFT's prefix) A [rank, in_features] and B [out_features,
+            rank], float32, float16 or ml_dtypes' bfloat16, not scaled.
+        provenance: content of rora.json.
+    Raises: ArtifactError: the folder exists, or a dtype can not be stored.
+    """
+    tensors = {}
+    for module, (lora_a, lora_b) in factors.items():
+        for side, factor in (("A", lora_a), ("B", lora_b)):
+            if factor.dtype not in NUMPY_DTYPES.values():
+                raise ArtifactError(
+                    f"{module}: lora_{side} is {factor.dtype}, "
+                    "float32, float16 or bfloat16 is expected"
+                )
+            name = f"base_model.model.{module}.lora_{side}.weight"
+            tensors[name] = np.ascontiguousarray(factor)
+    with new_folder(folder) as temporary:
+        # "pt" is what transformers and PEFT ask of a file before they open it.
+        write_synced(temporary / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+        write_synced(temporary / CONFIG_FILE, _json_bytes(config.to_peft()))
+        write_synced(temporary / PROVENANCE_FILE, _json_bytes(provenance))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` when the block ends without an error.
+
+    Raises: ArtifactError: `folder` exists, before or after the block.
+    """
+    if folder.exists():
+        raise ArtifactError(f"{folder}: exists already, a new folder is expected; name another one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(folder)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            raise ArtifactError(f"{folder}: can not be put in place ({error.strerror})") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step: a crash leaves the old or the new file."""
+    temporary = _temporary_name(path)
+    try:
+        write_synced(temporary, content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names that the folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,163 @@
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+
+import adapters.store
+from adapters import AdapterStore, open_artifact
+from adapters.errors import AdapterNameError, AdapterNotFoundError, ArtifactError, StoreError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")
+
+
+def another_version(adapter: Path, tmp_path: Path, template: str = "x") -> Path:
+    folder = tmp_path / f"version-{template}"
+    shutil.copytree(adapter, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_what_is_added_is_found_by_name_alias_and_digest(
+    store: AdapterStore, adapter: Path
+) -> None:
+    added = store.add(adapter, name="snips")
+    digest = added.version.digest
+    for reference in ("snips", "snips@latest", f"snips@sha256:{digest}", added.public_id):
+        assert store.resolve(reference) == added
+    assert added.public_id == f"snips@sha256:{digest[:12]}"
+    assert open_artifact(added.folder).num_bytes == added.version.num_bytes
+    assert added.folder == store.root / "objects" / digest
+
+
+def test_a_new_version_moves_latest_and_keeps_the_old_one(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    first = store.add(adapter, name="a")
+    second = store.add(another_version(adapter, tmp_path), name="a")
+    assert store.resolve("a") == second
+    assert store.resolve(first.public_id) == first
+    assert first.version.weights_digest == second.version.weights_digest
+    again = store.add(adapter, name="a")
+    assert again.version.digest == first.version.digest
+    assert store.resolve("a").version.digest == first.version.digest
+    (record,) = store.names()
+    assert len(record.versions) == 2
+
+
+def test_other_files_of_a_checkpoint_are_not_copied(store: AdapterStore, adapter: Path) -> None:
+    (adapter / "optimizer.pt").write_bytes(b"pickle")
+    folder = store.add(adapter, name="a").folder
+    assert not (folder / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["", "A", "-a", ".a", "a/b", "../a", "a" * 65, "a@b", "a b", "é"])
+def test_names_outside_the_grammar_are_refused(
+    store: AdapterStore, adapter: Path, name: str
+) -> None:
+    with pytest.raises(AdapterNameError, match="1 to 64 lower-case letters"):
+        store.add(adapter, name=name)
+    with pytest.raises(AdapterNotFoundError):
+        store.resolve(name)
+    assert not store.root.exists()
+
+
+def test_latest_is_no_name(store: AdapterStore, adapter: Path) -> None:
+    with pytest.raises(AdapterNameError, match="reserved"):
+        store.add(adapter, name="latest")
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["b", "a@stable", "a@sha256:", "a@sha256:{0:.11}", "a@md5:{0}", "a@sha256:" + "0" * 64],
+)
+def test_what_the_store_does_not_hold_is_not_found(
+    store: AdapterStore, adapter: Path, reference: str
+) -> None:
+    digest = store.add(adapter, name="a").version.digest
+    with pytest.raises(AdapterNotFoundError):
+        store.resolve(reference.format(digest))
+
+
+def test_a_broken_adapter_leaves_the_store_as_it_was(store: AdapterStore, adapter: Path) -> None:
+    store.add(adapter, name="a")
+    before = sorted(store.root.rglob("*"))
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ArtifactError):
+        store.add(adapter, name="b")
+    assert sorted(store.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("step", ["new_folder", "write_synced", "version_digest", "replace_file"])
+def test_a_crash_at_any_step_leaves_the_old_state(
+    store: AdapterStore, adapter: Path, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process leaves behind is what an exception that nothing catches leaves."""
+    before = store.add(adapter, name="a")
+
+    def crash(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters.store, step, crash)
+        with pytest.raises(KeyboardInterrupt):
+            store.add(another_version(adapter, tmp_path), name="a")
+    assert store.resolve("a") == before
+    after = store.add(another_version(adapter, tmp_path, "y"), name="a")
+    assert store.resolve("a") == after
+
+
+def add_many(root: Path, folders: list[Path]) -> None:
+    for folder in folders:
+        AdapterStore(root).add(folder, name="shared")
+
+
+def test_several_processes_add_to_one_name_at_once(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    folders = [another_version(adapter, tmp_path, str(number)) for number in range(8)]
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=add_many, args=(store.root, folders[half::2])) for half in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    (record,) = store.names()
+    assert len(record.versions) == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not a record"), ('{"format": 2}', "format 2, 1 is expected"), ("{}", "not a record")],
+)
+def test_a_broken_record_is_named(
+    store: AdapterStore, adapter: Path, content: str, message: str
+) -> None:
+    store.add(adapter, name="a")
+    (store.root / "names" / "a.json").write_text(content)
+    with pytest.raises(StoreError, match=message):
+        store.resolve("a")
+
+
+def test_a_store_that_can_not_be_written_is_named(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="can not be written"):
+        AdapterStore(tmp_path / "file").add(adapter, name="a")
+
+
+def test_an_absent_store_is_empty(store: AdapterStore) -> None:
+    assert store.names() == []
+    assert not store.root.exists()
+
+
+def test_records_are_json_that_other_tools_read(store: AdapterStore, adapter: Path) -> None:
+    added = store.add(adapter, name="a")
+    record = json.loads((store.root / "names" / "a.json").read_text())
+    assert record["aliases"] == {"latest": added.version.digest}

@@ -1,0 +1,72 @@
+"""Adapters and models to test with: made here, deterministic, small."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapters import AdapterConfig, write_artifact
+from adapters.header import read_header
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def make_tiny_model(folder: Path, tokenizer_from: Path) -> Path:
+    """Write a random two-layer Llama with grouped-query attention and a real tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer_from / name, folder / name)
+    return folder
+
+
+def make_random_adapter(
+    folder: Path, base: Path, *, config: AdapterConfig, modules: tuple[str, ...], seed: int
+) -> Path:
+    """Write an adapter with random factors on every linear layer of `base` whose last name is listed.
+
+    The factors are large enough that every answer differs clearly from the base model's.
+    """
+    generator = np.random.default_rng(seed)
+    factors = {}
+    for tensor in read_header(next(base.glob("*.safetensors"))).values():
+        module = tensor.name.removesuffix(".weight")
+        if module.rpartition(".")[2] not in modules:
+            continue
+        out_features, in_features = tensor.shape
+        rank = next((r for key, r in config.rank_pattern.items() if module.endswith(key)), None)
+        rank = config.rank if rank is None else rank
+        lora_a = generator.normal(0, in_features**-0.5, (rank, in_features))
+        lora_b = generator.normal(0, 0.03, (out_features, rank))
+        factors[module] = (lora_a.astype(np.float32), lora_b.astype(np.float32))
+    write_artifact(folder, config, factors, provenance={"format": 1, "method": "random"})
+    return folder
+
+
+def write_lines(path: Path, lines: list[object]) -> Path:
+    """Write a JSON-lines file."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def chat(question: str, answer: str, **more: object) -> dict[str, object]:
+    """Return one line of data."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **more}
