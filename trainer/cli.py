@@ -1,0 +1,105 @@
+"""The command rora-train: run, validate, evaluate."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from adapters.base_model import cache_folder, find_model, model_name
+from adapters.command import run_command
+from adapters.settings import add_flags, read_settings
+from trainer.config import TrainConfig
+
+PROGRAM = "rora-train"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run rora-train. Returns: 0 done, 1 failed, 2 wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="Train LoRA and RoRA adapters of one base model."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_config_command(commands, "run", "train; writes OUTPUT/adapter and OUTPUT/log.jsonl", _run)
+    _add_config_command(
+        commands, "validate", "report every mistake in config and data; show one sample", _validate
+    )
+    evaluation = commands.add_parser(
+        "evaluate", help="loss and accuracy with and without an adapter"
+    )
+    evaluation.add_argument("adapter", type=Path, help="adapter folder")
+    evaluation.add_argument("--data", type=Path, required=True, help="JSON-lines file of chats")
+    evaluation.add_argument("--model", help="base model; default: SmolLM2-135M-Instruct")
+    evaluation.add_argument("--limit", type=_positive, help="use the first lines only")
+    evaluation.add_argument(
+        "--batch-tokens", type=_positive, default=2048, help="tokens of a forward; default: 2048"
+    )
+    evaluation.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluation.set_defaults(action=_evaluate)
+    arguments = parser.parse_args(argv)
+    return run_command(PROGRAM, lambda: arguments.action(arguments))
+
+
+def _add_config_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    description: str,
+    action: Callable[[TrainConfig], int],
+) -> None:
+    parser = commands.add_parser(name, help=description, description=description)
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings of the run")
+    read_flags = add_flags(parser, TrainConfig)
+
+    def read_and_act(arguments: argparse.Namespace) -> int:
+        return action(read_settings(TrainConfig, arguments.config, read_flags(arguments)))
+
+    parser.set_defaults(action=read_and_act)
+
+
+def _run(config: TrainConfig) -> int:
+    from trainer.loop import check_output, train  # noqa: PLC0415  (imports torch)
+    from trainer.model import load_base  # noqa: PLC0415
+
+    check_output(config.output)
+    folder = find_model(config.model, cache=cache_folder(os.environ))
+    base = load_base(model_name(config.model), folder, dtype=config.train.dtype)
+    print(train(config, base))
+    return 0
+
+
+def _validate(config: TrainConfig) -> int:
+    from trainer.validate import validate  # noqa: PLC0415  (imports torch)
+
+    folder = find_model(config.model, cache=cache_folder(os.environ))
+    print(validate(config, folder))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from adapters import open_artifact  # noqa: PLC0415
+    from trainer.data import read_chats  # noqa: PLC0415
+    from trainer.inject import inject_artifact  # noqa: PLC0415  (imports torch)
+    from trainer.loop import evaluate_both  # noqa: PLC0415
+    from trainer.model import load_base  # noqa: PLC0415
+
+    artifact = open_artifact(arguments.adapter)
+    chats = read_chats(arguments.data, limit=arguments.limit)
+    folder = find_model(arguments.model, cache=cache_folder(os.environ))
+    base = load_base(model_name(arguments.model), folder, dtype="auto")
+    layers = inject_artifact(base.model, artifact)
+    adapter, alone = evaluate_both(base, chats, layers, batch_tokens=arguments.batch_tokens)
+    if arguments.json:
+        print(json.dumps({"base": vars(alone), "adapter": vars(adapter)}))
+        return 0
+    print(f"{adapter.num_samples} chats, answers by {adapter.by}")
+    print(f"{'':8}  {'loss':>7}  accuracy")
+    for name, result in (("base", alone), ("adapter", adapter)):
+        print(f"{name:8}  {result.loss:7.4f}  {result.accuracy:8.1%}")
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number

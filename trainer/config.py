@@ -1,0 +1,76 @@
+"""TrainConfig: every setting of a training run, from one TOML file and flags of the same names."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+ALL_LINEAR = "all-linear"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(_Section):
+    """Where the data lies."""
+
+    train: Path = Field(description="JSON-lines file of chats to train on")
+    eval: Path | None = Field(None, description="held-out JSON-lines file")
+    eval_limit: int | None = Field(
+        200, ge=1, description="lines of data.eval that are used, the first ones; none: all"
+    )
+
+
+class AdapterSettings(_Section):
+    """The adapter's shape."""
+
+    method: Literal["lora", "rora"] = Field(
+        "rora", description="lora scales by alpha/rank, rora by alpha/sqrt(rank)"
+    )
+    rank: int = Field(8, ge=1, description="rank of every adapted module")
+    alpha: float = Field(16.0, gt=0, description="numerator of the scaling")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A, in training only")
+    target_modules: tuple[str, ...] = Field(
+        (ALL_LINEAR,),
+        min_length=1,
+        description="all-linear (all but the output layer), or names or suffixes of modules",
+    )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _one_name_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
+class LoopSettings(_Section):
+    """The training loop."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over data.train")
+    batch_tokens: int = Field(1024, ge=1, description="tokens of one step, padding included")
+    learning_rate: float = Field(5e-4, gt=0, description="highest learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="course of the learning rate after warm-up"
+    )
+    warmup_ratio: float = Field(0.06, ge=0, lt=1, description="share of steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="norm that gradients are clipped to")
+    max_sample_tokens: int = Field(
+        2048, ge=2, description="longer samples are left out, and counted"
+    )
+    seed: int = Field(0, ge=0, description="seed of initial weights and data order")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the base model; auto: bfloat16 on GPUs that have it, else float32"
+    )
+
+
+class TrainConfig(_Section):
+    """All settings of one run."""
+
+    model: str | None = Field(
+        None, description="folder or hub name of the base model; none: SmolLM2-135M-Instruct"
+    )
+    output: Path = Field(description="new folder for the adapter and the run's log")
+    data: DataSettings
+    adapter: AdapterSettings = AdapterSettings()
+    train: LoopSettings = LoopSettings()

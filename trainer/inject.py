@@ -1,0 +1,133 @@
+"""Putting LoraLinear layers into a model, from settings or from an adapter folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adapters import AdapterArtifact, AdapterConfig, module_rank, module_scaling
+from adapters.errors import AdapterMismatchError, ConfigError
+from trainer.config import ALL_LINEAR
+from trainer.lora_linear import LoraLinear
+
+
+def target_modules(model: PreTrainedModel, targets: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Return the linear layers that `targets` names: all but the output layer, or by suffix.
+
+    Raises: ConfigError: a target that names no linear layer.
+    """
+    linear: dict[str, nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not model.get_output_embeddings()
+    }
+    if targets == (ALL_LINEAR,):
+        return linear
+    chosen = {}
+    for target in targets:
+        matched = {
+            name: module
+            for name, module in linear.items()
+            if name == target or name.endswith(f".{target}")
+        }
+        if not matched:
+            ends = sorted({name.rpartition(".")[2] for name in linear})
+            raise ConfigError(
+                f"adapter.target_modules: no linear layer is named {target!r}; "
+                f"this model has {', '.join(ends)}"
+            )
+        chosen.update(matched)
+    return {name: module for name, module in linear.items() if name in chosen}
+
+
+def inject(
+    model: PreTrainedModel,
+    modules: dict[str, nn.Module],
+    config: AdapterConfig,
+    *,
+    dropout: float,
+    generator: torch.Generator,
+) -> dict[str, LoraLinear]:
+    """Freeze `model` and replace each of `modules` by a LoraLinear around it.
+
+    Returns: the new layers by module path, in the model's order.
+    Raises: ConfigError: a rank above a module's smaller side.
+    """
+    sizes = {name: linear_sizes(module) for name, module in modules.items()}
+    for name, (in_features, out_features) in sizes.items():
+        if module_rank(config, name) > min(in_features, out_features):
+            raise ConfigError(
+                f"adapter.rank: {module_rank(config, name)} is above "
+                f"{min(in_features, out_features)}, the smaller side of {name} "
+                f"[{out_features}, {in_features}]; choose a lower rank"
+            )
+    model.requires_grad_(requires_grad=False)
+    layers = {}
+    for name, module in modules.items():
+        layers[name] = LoraLinear(
+            module,
+            *sizes[name],
+            rank=module_rank(config, name),
+            scaling=module_scaling(config, name),
+            dropout=dropout,
+            generator=generator,
+        )
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+def inject_artifact(model: PreTrainedModel, artifact: AdapterArtifact) -> dict[str, LoraLinear]:
+    """Put an adapter folder's weights into `model`, without gradients.
+
+    Raises: AdapterMismatchError: a module that the model lacks, or whose sizes differ; all are
+        named.
+    """
+    available = target_modules(model, (ALL_LINEAR,))
+    problems = []
+    for name, module in artifact.modules.items():
+        if module.kind != "linear" or name not in available:
+            problems.append(f"the model has no linear layer {name}")
+        elif linear_sizes(available[name]) != (module.in_features, module.out_features):
+            problems.append(
+                f"{name} is [{module.out_features}, {module.in_features}] in the adapter and "
+                f"{list(reversed(linear_sizes(available[name])))} in the model"
+            )
+    if problems:
+        raise AdapterMismatchError(f"{artifact.folder}: {'; '.join(problems)}")
+    layers = inject(
+        model,
+        {name: available[name] for name in available if name in artifact.modules},
+        artifact.config,
+        dropout=0.0,
+        generator=torch.Generator(),
+    )
+    for module, lora_a, lora_b in artifact.read_tensors():
+        layer = layers[module.name]
+        layer.lora_a.data.copy_(torch.from_numpy(lora_a.astype(np.float32)))
+        layer.lora_b.data.copy_(torch.from_numpy(lora_b.astype(np.float32)))
+    return layers
+
+
+@contextmanager
+def adapters_off(layers: dict[str, LoraLinear]) -> Iterator[None]:
+    """Let the model compute as its base inside the block."""
+    scalings = {name: layer.scaling for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.scaling = 0.0
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.scaling = scalings[name]
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """Return (in_features, out_features) of a linear layer."""
+    if isinstance(module, Conv1D):  # GPT-2's, whose weight is [in_features, out_features]
+        return module.weight.shape[0], module.weight.shape[1]
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features

@@ -1,0 +1,268 @@
+"""The training loop, top to bottom: data -> batches -> steps -> adapter folder."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from adapters import AdapterConfig
+from adapters.errors import ConfigError, DataError, TrainingError
+from trainer.batching import Batch, make_batch, plan_epoch
+from trainer.config import TrainConfig
+from trainer.data import Chat, Sample, file_digest, read_chats, tokenize_chat
+from trainer.evaluate import Evaluation, evaluate
+from trainer.export import adapter_config, export, peft_targets, provenance
+from trainer.inject import adapters_off, inject, target_modules
+from trainer.lora_linear import LoraLinear
+from trainer.loss import mean_loss
+from trainer.model import BaseModel
+from trainer.optim import learning_rate_factor
+
+ADAPTER_FOLDER = "adapter"
+LOG_FILE = "log.jsonl"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Tokenised training samples, and what was left out.
+
+    Args:
+        samples: at least one, each with a token that carries loss.
+        num_too_long: chats longer than train.max_sample_tokens.
+        eval_chats: held-out chats, possibly none.
+    """
+
+    samples: tuple[Sample, ...]
+    num_too_long: int
+    eval_chats: tuple[Chat, ...]
+
+
+def load_data(config: TrainConfig, base_tokenizer: Any) -> TrainingData:
+    """Read and tokenise the data that a run needs.
+
+    Raises: DataError: a wrong line, a chat that the template refuses, or no usable sample.
+    """
+    path = config.data.train
+    samples, num_too_long = [], 0
+    for number, chat in enumerate(read_chats(path), start=1):
+        try:
+            sample = tokenize_chat(chat.messages, base_tokenizer)
+        except DataError as error:
+            raise DataError(f"{path}: chat {number}: {error}") from error
+        if not any(sample.has_loss):
+            raise DataError(f"{path}: chat {number}: no token carries loss; an answer is expected")
+        if len(sample) > config.train.max_sample_tokens:
+            num_too_long += 1
+            continue
+        samples.append(sample)
+    if not samples:
+        raise DataError(
+            f"{path}: all {num_too_long} chats are longer than train.max_sample_tokens = "
+            f"{config.train.max_sample_tokens}; raise it"
+        )
+    eval_chats = (
+        read_chats(config.data.eval, limit=config.data.eval_limit) if config.data.eval else []
+    )
+    return TrainingData(tuple(samples), num_too_long, tuple(eval_chats))
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output folder that already holds something, before any time is spent.
+
+    Raises: ConfigError: it is a file, or a folder that is not empty.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"output: {output} holds something already, a new or empty folder is expected; "
+            "choose another or remove it"
+        )
+
+
+def train(config: TrainConfig, base: BaseModel) -> Path:
+    """Train one adapter and return its folder, `config.output`/adapter.
+
+    Writes config.json and log.jsonl beside it while it runs. The same configuration, seed, machine
+    and thread count give the same weights.
+    Raises: TrainingError: a loss or a weight is not finite, or the adapter would do nothing.
+    """
+    check_output(config.output)
+    data = load_data(config, base.tokenizer)
+    layers, description = _prepare(config, base)
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+    _say_what_runs(config, base, data, layers)
+    with (config.output / LOG_FILE).open("x", encoding="utf-8") as log:
+        metrics = _run_steps(config, base, data, layers, log)
+        if data.eval_chats:
+            metrics |= _evaluate_both(config, base, data, layers, log)
+    folder = config.output / ADAPTER_FOLDER
+    origin = provenance(config, base, data_sha256=file_digest(config.data.train), metrics=metrics)
+    digest = export(folder, description, layers, provenance=origin)
+    print(f"weights sha256:{digest}", file=sys.stderr)
+    return folder
+
+
+def _prepare(config: TrainConfig, base: BaseModel) -> tuple[dict[str, LoraLinear], AdapterConfig]:
+    """Put fresh layers into the model; the seed alone decides their weights."""
+    torch.manual_seed(config.train.seed)  # dropout's source
+    torch.use_deterministic_algorithms(mode=True, warn_only=base.model.device.type != "cpu")
+    modules = target_modules(base.model, config.adapter.target_modules)
+    description = adapter_config(config, base.name, peft_targets(base, list(modules)))
+    layers = inject(
+        base.model,
+        modules,
+        description,
+        dropout=config.adapter.dropout,
+        generator=torch.Generator().manual_seed(config.train.seed),
+    )
+    return layers, description
+
+
+def _run_steps(
+    config: TrainConfig,
+    base: BaseModel,
+    data: TrainingData,
+    layers: dict[str, LoraLinear],
+    log: TextIO,
+) -> dict[str, Any]:
+    settings = config.train
+    batches = list(_plan(config, data))
+    parameters = [weight for layer in layers.values() for weight in (layer.lora_a, layer.lora_b)]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    base.model.train()
+    started = time.perf_counter()
+    num_tokens, smoothed = 0, math.nan
+    progress = tqdm(total=len(batches), desc="training", unit="step", file=sys.stderr)
+    for step, (epoch, indices) in enumerate(batches):
+        batch = make_batch(
+            [data.samples[index] for index in indices], pad_token_id=base.pad_token_id
+        )
+        learning_rate = settings.learning_rate * learning_rate_factor(
+            step,
+            num_steps=len(batches),
+            warmup_ratio=settings.warmup_ratio,
+            schedule=settings.schedule,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss, gradient_norm = _step(base, batch, optimizer, parameters, settings.max_grad_norm)
+        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+            progress.close()
+            raise TrainingError(
+                f"step {step + 1}: loss {loss}, gradient norm {gradient_norm}, finite numbers are "
+                "expected; try a lower train.learning_rate"
+            )
+        num_tokens += batch.num_tokens
+        seconds = time.perf_counter() - started
+        smoothed = loss if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * loss
+        progress.set_postfix_str(
+            f"loss {smoothed:.3f}, {num_tokens / seconds:.0f} tok/s", refresh=False
+        )
+        progress.update()
+        _log(
+            log,
+            step=step + 1,
+            epoch=epoch,
+            loss=loss,
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            num_tokens=batch.num_tokens,
+            seconds=round(seconds, 3),
+        )
+    progress.close()
+    return {"train_loss": smoothed, "num_steps": len(batches)}
+
+
+def _step(
+    base: BaseModel,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    max_grad_norm: float,
+) -> tuple[float, float]:
+    """Take one step; return loss and gradient norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = mean_loss(base.model, batch)
+    loss.backward()
+    gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    return float(loss), float(gradient_norm)
+
+
+def _plan(config: TrainConfig, data: TrainingData) -> Iterator[tuple[float, list[int]]]:
+    """Yield (passes over the data so far, indices of a batch) for the whole run."""
+    lengths = [len(sample) for sample in data.samples]
+    for epoch in range(math.ceil(config.train.epochs)):
+        # Distinct for every seed and epoch.
+        plan = plan_epoch(
+            lengths,
+            batch_tokens=config.train.batch_tokens,
+            seed=config.train.seed * 1_000_003 + epoch,
+        )
+        share = min(1.0, config.train.epochs - epoch)
+        for position, indices in enumerate(plan[: math.ceil(share * len(plan))], start=1):
+            yield round(epoch + position / len(plan), 4), indices
+
+
+def _evaluate_both(
+    config: TrainConfig,
+    base: BaseModel,
+    data: TrainingData,
+    layers: dict[str, LoraLinear],
+    log: TextIO,
+) -> dict[str, Any]:
+    """Measure the held-out chats with and without the adapter."""
+    adapter, alone = evaluate_both(
+        base, data.eval_chats, layers, batch_tokens=config.train.batch_tokens
+    )
+    _log(log, evaluation={"adapter": asdict(adapter), "base": asdict(alone)})
+    print(
+        f"held out, {adapter.num_samples} chats: loss {alone.loss:.3f} -> {adapter.loss:.3f}, "
+        f"{adapter.by} {alone.accuracy:.1%} -> {adapter.accuracy:.1%}",
+        file=sys.stderr,
+    )
+    return {"eval_adapter": asdict(adapter), "eval_base": asdict(alone)}
+
+
+def evaluate_both(
+    base: BaseModel,
+    chats: tuple[Chat, ...] | list[Chat],
+    layers: dict[str, LoraLinear],
+    *,
+    batch_tokens: int,
+) -> tuple[Evaluation, Evaluation]:
+    """Return the evaluation with the adapter in `layers`, and that of the base model alone."""
+    with tqdm(total=2 * len(chats), desc="evaluating", unit="chat", file=sys.stderr) as bar:
+        adapter = evaluate(base, chats, batch_tokens=batch_tokens, progress=bar.update)
+        with adapters_off(layers):
+            alone = evaluate(base, chats, batch_tokens=batch_tokens, progress=bar.update)
+    return adapter, alone
+
+
+def _say_what_runs(
+    config: TrainConfig, base: BaseModel, data: TrainingData, layers: dict[str, LoraLinear]
+) -> None:
+    num_parameters = sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers.values())
+    left_out = f", {data.num_too_long} too long and left out" if data.num_too_long else ""
+    print(
+        f"{config.adapter.method} of rank {config.adapter.rank} on {len(layers)} modules of "
+        f"{base.name} "
+        f"({num_parameters / 1e6:.2f} M parameters), {len(data.samples)} samples{left_out}, "
+        f"{base.model.dtype} on {base.model.device.type}".replace("torch.", ""),
+        file=sys.stderr,
+    )
+
+
+def _log(file: TextIO, **values: Any) -> None:
+    file.write(json.dumps(values) + "\n")
+    file.flush()
