@@ -1,0 +1,161 @@
+"""The front door: the one place where a request's `model` becomes an adapter, before vLLM sees it.
+
+Pure ASGI. It lets listed routes through, reads `model` once, opens it in the ModelDirectory and
+keeps the outcome in a context variable, which vLLM's handlers see through `rora_serve.api.plugin`.
+"""
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from typing import Any
+
+from adapters.errors import RoraError
+from rora_serve.api.errors import ErrorResponse, body_too_large, route_not_found, to_response
+from rora_serve.models import ModelDirectory, ServedAdapter
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# The adapter of the request that this task serves; None is the base model.
+current_adapter: ContextVar[ServedAdapter | None] = ContextVar("current_adapter", default=None)
+
+# Routes that name a model in a JSON body.
+MODEL_ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/tokenize",
+        "/detokenize",
+    }
+)
+PLAIN_ROUTES = frozenset({"/health", "/metrics", "/ready", "/v1/models", "/version"})
+MODEL_ROUTE_PREFIX = "/v1/models/"
+MAX_BODY_BYTES = 32 * 1024 * 1024
+ADAPTER_HEADER = b"x-rora-adapter"
+DIRECTORY_STATE = "rora_directory"
+
+logger = logging.getLogger(__name__)
+
+
+class FrontDoor:
+    """ASGI middleware in front of vLLM's whole app; any route that is not listed is 404.
+
+    vLLM makes it from `--middleware` before there is an engine, so what `model` may mean is read
+    from the app's state, where `rora_serve.api.plugin` puts a ModelDirectory.
+
+    Args: app: what vLLM put behind it.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        else:  # nothing that we serve speaks WebSocket; refusing before accepting is a 403
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method, path = scope["method"], scope["path"]
+        if method == "POST" and path in MODEL_ROUTES:
+            await self._serve_model(scope, receive, send)
+        elif (
+            method in ("GET", "HEAD")
+            and (path in PLAIN_ROUTES or path.startswith(MODEL_ROUTE_PREFIX))
+        ) or method == "OPTIONS":
+            await self._app(scope, receive, send)
+        else:
+            await _respond(send, route_not_found(method, path))
+
+    async def _serve_model(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _read_body(receive)
+        if body is None:
+            await _respond(send, body_too_large(MAX_BODY_BYTES))
+            return
+        model = _requested_model(body)
+        adapter = None
+        if model is not None:
+            try:
+                directory: ModelDirectory = getattr(scope["app"].state, DIRECTORY_STATE)
+                adapter = await directory.open(model)
+            except RoraError as error:
+                logger.info("%s %s: %s", scope["method"], scope["path"], error)
+                await _respond(send, to_response(error, model))
+                return
+        # Each request is its own task or comes after the last one of its connection; reset for the
+        # latter.
+        token = current_adapter.set(adapter)
+        try:
+            await self._app(scope, _replay(body, receive), _with_adapter_header(send, adapter))
+        finally:
+            current_adapter.reset(token)
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """Return the request's body, or None if it is above the limit."""
+    chunks, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return b""
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            return None
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _requested_model(body: bytes) -> str | None:
+    """Return `model` of a JSON body; None where it is no text or empty, which vLLM judges."""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    model = parsed.get("model") if isinstance(parsed, dict) else None
+    return model if isinstance(model, str) and model else None
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body again, and then what the connection says."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _with_adapter_header(send: Send, adapter: ServedAdapter | None) -> Send:
+    if adapter is None:
+        return send
+
+    async def send_with_header(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            header = (ADAPTER_HEADER, adapter.resolved.public_id.encode())
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return send_with_header
+
+
+async def _respond(send: Send, response: ErrorResponse) -> None:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(response.body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})

@@ -1,0 +1,60 @@
+"""Putting our routes and the resolved adapter into vLLM's app, behind the front door."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from vllm.lora.request import LoRARequest
+
+from rora_serve.api.front_door import DIRECTORY_STATE, FrontDoor, current_adapter
+from rora_serve.api.routes import make_router
+from rora_serve.models import ModelDirectory
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+class RequestAdapters(Mapping[str, LoRARequest]):
+    """The current request's adapter, or none, where vLLM's handlers look up loaded adapters.
+
+    It iterates over nothing: vLLM looks through the values for adapters named like a kind of
+        content
+    ("text", "image") and would give such a one to base requests.
+    """
+
+    def __getitem__(self, model: str) -> LoRARequest:
+        adapter = current_adapter.get()
+        if adapter is None or model != adapter.requested:
+            raise KeyError(model)
+        return LoRARequest(
+            lora_name=adapter.engine_name,
+            lora_int_id=adapter.lora_int_id,
+            lora_path=adapter.folder,
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+# What vLLM's --middleware takes.
+FRONT_DOOR = f"{FrontDoor.__module__}.{FrontDoor.__qualname__}"
+
+
+def install(app: "FastAPI", directory: ModelDirectory) -> None:
+    """Let `app`, built and set up by vLLM, serve the adapters of `directory`."""
+    serving_models = app.state.openai_serving_models
+    base_name = directory.base_names[0]
+
+    def model_name(lora_request: LoRARequest | None = None) -> str:
+        adapter = current_adapter.get()
+        # The engine knows the adapter by its digest; clients get back the name that they sent.
+        return base_name if lora_request is None or adapter is None else adapter.requested
+
+    serving_models.lora_requests = RequestAdapters()
+    serving_models.model_name = model_name
+    routes = make_router(directory, started=int(time.time())).routes
+    app.router.routes[:0] = routes  # before vLLM's own /v1/models
+    setattr(app.state, DIRECTORY_STATE, directory)

@@ -1,0 +1,66 @@
+"""The command rora-serve."""
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+from adapters.base_model import cache_folder, find_model, model_name
+from adapters.command import run_command
+from adapters.errors import ConfigError
+from adapters.settings import add_flags, read_settings
+from rora_serve.config import ServeConfig
+
+PROGRAM = "rora-serve"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run rora-serve. Returns: 0 stopped by a signal, 1 failed, 2 wrong usage."""
+    ours, vllm_options = _split(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Serve adapters of one base model beside it, behind an OpenAI-style API.",
+        epilog="Options after `--` go to vLLM as they are, for example: -- --max-model-len 4096",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="serve.toml with these settings"
+    )
+    read_flags = add_flags(parser, ServeConfig)
+    arguments = parser.parse_args(ours)
+
+    def serve() -> int:
+        config = read_settings(ServeConfig, arguments.config, read_flags(arguments))
+        _check_port(config.host, config.port)
+        folder = find_model(config.model, cache=cache_folder(os.environ))
+        from rora_serve.launch import launch  # noqa: PLC0415  (imports vLLM, which takes seconds)
+
+        return launch(config, folder, base_name=model_name(config.model), vllm_options=vllm_options)
+
+    return run_command(PROGRAM, serve)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return our arguments and vLLM's, which stand after the first `--`."""
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def _check_port(host: str, port: int) -> None:
+    """Try the address before the engine takes its minute to start.
+
+    Raises: ConfigError: it is taken, or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            raise ConfigError(
+                f"--host {host} --port {port}: {error.strerror}, a free address is expected; "
+                "choose another port or stop what listens there"
+            ) from error

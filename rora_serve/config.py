@@ -1,0 +1,19 @@
+"""ServeConfig: what rora-serve itself is told; every other option is vLLM's own, after `--`."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ServeConfig(BaseModel):
+    """Settings of one server, from serve.toml and flags of the same names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(
+        None, description="folder or hub name of the base model; none: SmolLM2-135M-Instruct"
+    )
+    store: Path = Field(Path("store"), description="folder of adapters, made by rora-adapters")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    max_num_seqs: int = Field(64, ge=1, description="requests in one engine step at most")

@@ -1,0 +1,1 @@
+"""The engine seam: our CPU platform names our worker, which runs our adapter layers."""

@@ -1,0 +1,73 @@
+"""Every private or undocumented name of vLLM that we touch, with the versions they were tested on.
+
+tests/rora_serve/test_compat.py fails when one of them moves.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import vllm
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase
+
+from adapters.errors import EngineSeamError
+
+TESTED_VERSIONS = ("0.32.",)
+
+
+def check_vllm_version() -> None:
+    """Refuse a vLLM whose private names were never looked at.
+
+    Raises: EngineSeamError: another version than the tested ones.
+    """
+    if not vllm.__version__.startswith(TESTED_VERSIONS):
+        raise EngineSeamError(
+            f"vLLM {vllm.__version__}: a version {' or '.join(TESTED_VERSIONS)}x is expected; "
+            "install the version that rora-serve pins"
+        )
+
+
+def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], Any]) -> None:
+    """Let a model runner use our LoRA manager in place of vLLM's.
+
+    The runner calls `load_lora_model` once after it loaded the base model, and keeps what it
+    returns as its model; from then on it talks to `lora_manager`.
+    """
+
+    def load_lora_model(model: nn.Module, *_: Any) -> nn.Module:
+        model_runner.lora_manager = make_manager(model)
+        return model
+
+    model_runner.load_lora_model = load_lora_model
+
+
+def linear_parts(name: str, layer: LinearBase, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the Hugging Face modules that one vLLM linear layer holds.
+
+    A fused layer (qkv_proj) holds several, one after the other along its output.
+    Returns: per module path, its first output column and its number of output columns.
+    """
+    prefix, dot, last = name.rpartition(".")
+    packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    parts = [f"{prefix}{dot}{part}" for part in packed.get(last, [last])]
+    sizes: list[int] = list(getattr(layer, "output_sizes", [layer.output_size]))
+    if len(parts) == 1:
+        # One matrix in the Hugging Face model too, as Phi-3's qkv_proj.
+        return {parts[0]: (0, sum(sizes))}
+    if len(parts) != len(sizes):
+        raise EngineSeamError(
+            f"{name}: vLLM holds {len(sizes)} parts and names {len(parts)}, the same number is "
+            "expected; this model's layers are not served yet"
+        )
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return dict(zip(parts, zip(starts, sizes, strict=True), strict=True))
+
+
+def vllm_module_name(module: str, model: nn.Module) -> str:
+    """Return the path that vLLM gives to a module of the Hugging Face model."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return module
+    suffix = ".lora_A.weight"  # vLLM's mapping rules are for names of tensors
+    mapped = mapper.get_rename_mapper().map_name(module + suffix)
+    return module if mapped is None else str(mapped).removesuffix(suffix)

@@ -1,0 +1,36 @@
+"""RoraCpuPlatform: vLLM's CPU platform, with our worker."""
+
+from typing import TYPE_CHECKING
+
+from vllm.platforms.cpu import CpuPlatform
+
+from adapters.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+WORKER_CLASS = "rora_serve.engine.worker.RaggedCpuWorker"
+
+
+class RoraCpuPlatform(CpuPlatform):
+    """Names our worker where adapters are served; everything else is vLLM's."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Let vLLM set up its CPU engine, then name our worker.
+
+        Raises: ConfigError: an option that our layers do not serve.
+        """
+        super().check_and_update_config(vllm_config)
+        if vllm_config.lora_config is None:
+            return
+        parallel = vllm_config.parallel_config
+        for option, size in (
+            ("--tensor-parallel-size", parallel.tensor_parallel_size),
+            ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
+        ):
+            if size > 1:
+                raise ConfigError(
+                    f"{option}: {size}, adapters are served by one worker on CPUs; leave it at 1"
+                )
+        parallel.worker_cls = WORKER_CLASS

@@ -1,0 +1,241 @@
+"""Starting vLLM's own OpenAI server with our plug-ins, and stopping with an honest exit code."""
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from adapters import AdapterStore, open_artifact
+from adapters.errors import ConfigError, EngineSeamError, RoraError
+from rora_serve.config import ServeConfig
+from rora_serve.engine.platform_plugin import SEAM_FLAG
+from rora_serve.models import ModelDirectory
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+# vLLM's options that decide how adapters are served; ours to set.
+_OWN_OPTIONS = (
+    "--api-server-count", "--config", "--enable-lora", "--headless", "--host", "--lora-modules",
+    "--max-cpu-loras", "--max-lora-rank", "--max-loras", "--max-num-seqs", "--middleware",
+    "--model", "--port", "--uds", "--worker-cls",
+)  # fmt: skip
+# vLLM counts adapters on the host and would evict by number; nothing is evicted by number here.
+_MAX_CPU_LORAS = 1_000_000
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+MAX_LORA_RANK = _VLLM_RANKS[-1]
+_MAX_KV_CACHE_BYTES = 2 * 1024**3
+_BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: list[str]) -> int:
+    """Serve until a signal or the engine's death. Returns: 0 after a signal, 1 after a death.
+
+    Args:
+        model: folder of the base model.
+        base_name: what requests call it.
+        vllm_options: command-line options for vLLM, as given after `--`.
+
+    Raises:
+        ConfigError: an option that is ours to set, or that vLLM refuses.
+        EngineSeamError: the engine came up without our layers; nothing was served.
+    """
+    _check_options(vllm_options)
+    _set_environment()
+    import uvloop  # noqa: PLC0415  (after the environment is set, which vLLM reads at import)
+
+    arguments = _parse_vllm_options(
+        _engine_options(config, model, base_name, vllm_options) + vllm_options
+    )
+    try:
+        died = uvloop.run(_serve(arguments, AdapterStore(config.store)))
+    except RuntimeError as error:
+        if isinstance(error, RoraError):
+            raise
+        raise EngineSeamError(
+            f"the engine did not start ({error}); its log above says why"
+        ) from error
+    if died:
+        print("rora-serve: the engine died; its log above says why", file=sys.stderr)
+    return 1 if died else 0
+
+
+def _check_options(vllm_options: list[str]) -> None:
+    for option in vllm_options:
+        name = option.partition("=")[0].replace("_", "-")
+        if name in _OWN_OPTIONS:
+            raise ConfigError(f"{option}: set by rora-serve itself; see rora-serve --help")
+
+
+def _set_environment() -> None:
+    """Set what vLLM's processes read from the environment, before any of them starts."""
+    os.environ[SEAM_FLAG] = "1"
+    # The V2 model runner has no place for our LoRA manager.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    # Each would let a request reach an adapter past the front door.
+    for name in ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
+        os.environ.pop(name, None)
+
+
+def _engine_options(
+    config: ServeConfig, model: Path, base_name: str, given: list[str]
+) -> list[str]:
+    """Return vLLM's options for this server; those in `given` are not set twice."""
+    options = {
+        "--model": str(model),
+        "--host": config.host,
+        "--port": str(config.port),
+        "--max-num-seqs": str(config.max_num_seqs),
+        "--max-cpu-loras": str(_MAX_CPU_LORAS),
+        "--served-model-name": base_name,
+    }
+    if _is_cpu_build():
+        # One slot for every request of a step: no adapter can be skipped or starve. Neither a slot
+        # nor a rank that nothing uses costs anything in our layers.
+        options["--max-loras"] = str(config.max_num_seqs)
+        options["--max-lora-rank"] = str(MAX_LORA_RANK)
+        options["--dtype"] = _cpu_dtype()
+        free = psutil.virtual_memory().available
+        options["--kv-cache-memory-bytes"] = str(min(free // 4, _MAX_KV_CACHE_BYTES))
+    else:
+        # vLLM's own layers pad every slot to one rank.
+        num_names, max_rank = _store_limits(AdapterStore(config.store))
+        options["--max-loras"] = str(min(config.max_num_seqs, num_names))
+        options["--max-lora-rank"] = str(next(rank for rank in _VLLM_RANKS if rank >= max_rank))
+    names = {option.partition("=")[0] for option in given}
+    listed = [
+        part for name, value in options.items() if name not in names for part in (name, value)
+    ]
+    return ["--enable-lora", "--enforce-eager", *listed]
+
+
+def _store_limits(store: AdapterStore) -> tuple[int, int]:
+    """Return the number of names in the store, at least 1, and their newest versions' top rank."""
+    folders = [store.resolve(record.name).folder for record in store.names()]
+    ranks = [m.rank for folder in folders for m in open_artifact(folder).modules.values()]
+    largest = max(ranks, default=1)
+    if largest > MAX_LORA_RANK:
+        raise ConfigError(
+            f"{store.root}: an adapter has rank {largest}, {MAX_LORA_RANK} is served at most"
+        )
+    return max(1, len(folders)), largest
+
+
+def _is_cpu_build() -> bool:
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    return bool(current_platform.is_cpu())
+
+
+def _cpu_dtype() -> str:
+    """Return the dtype that this processor is fast in: bfloat16 only with instructions for it."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return "auto"
+    return "auto" if any(flag in flags for flag in _BF16_CPU_FLAGS) else "float32"
+
+
+def _parse_vllm_options(options: list[str]) -> argparse.Namespace:
+    from vllm.entrypoints.launchers.cli_args import (  # noqa: PLC0415
+        make_arg_parser,
+        validate_parsed_serve_args,
+    )
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="rora-serve [..] --"))
+    arguments: argparse.Namespace = parser.parse_args(options)
+    try:
+        validate_parsed_serve_args(arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM's options: {error}") from error
+    return arguments
+
+
+async def _serve(arguments: argparse.Namespace, store: AdapterStore) -> bool:
+    """Start engine and server, serve, and return whether the engine died."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
+    from vllm.entrypoints.launchers.api_server.entry import (  # noqa: PLC0415
+        build_async_engine_client,
+    )
+    from vllm.entrypoints.launchers.app import build_app  # noqa: PLC0415
+    from vllm.entrypoints.launchers.launcher import serve_http, setup_server  # noqa: PLC0415
+
+    from rora_serve.api.plugin import FRONT_DOOR, install  # noqa: PLC0415
+
+    address, sock = setup_server(arguments, reuse_port=False)
+    try:
+        async with build_async_engine_client(arguments) as engine:
+            if _is_cpu_build():
+                await _confirm_engine_seam(engine)
+                load = partial(_load_through_seam, engine)
+            else:
+                load = partial(_load_through_vllm, engine)
+            directory = ModelDirectory(arguments.served_model_name, store, load)
+            tasks = await engine.get_supported_tasks()
+            arguments.middleware = [FRONT_DOOR]
+            app = build_app(arguments, tasks, engine.model_config)
+            await init_app_state(engine, app.state, arguments, tasks)
+            install(app, directory)
+            print(
+                f"rora-serve: {arguments.served_model_name[0]} and the adapters of {store.root} "
+                f"at {address}",
+                file=sys.stderr,
+            )
+            shutdown = await serve_http(
+                app,
+                sock=sock,
+                host=arguments.host,
+                port=arguments.port,
+                log_level=arguments.uvicorn_log_level,
+                access_log=not arguments.disable_uvicorn_access_log,
+            )
+            died = bool(engine.errored)
+        await shutdown
+    finally:
+        sock.close()
+    return died
+
+
+async def _load_through_seam(
+    engine: "EngineClient", lora_int_id: int, folder: str
+) -> dict[str, object]:
+    (outcome,) = await engine.collective_rpc("rora_load_adapter", args=(lora_int_id, folder))
+    return dict(outcome)
+
+
+async def _load_through_vllm(
+    engine: "EngineClient", lora_int_id: int, folder: str
+) -> dict[str, object]:
+    """Load an adapter into vLLM's own layers, which serve on GPUs."""
+    from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+    name = Path(folder).name
+    try:
+        await engine.add_lora(LoRARequest(name, lora_int_id, folder))
+    except Exception as error:  # whatever its checks raise, in another process
+        return {"error": str(error)}
+    return {}
+
+
+async def _confirm_engine_seam(engine: "EngineClient") -> None:
+    """Ask every worker whether our layers are in place, before the port answers.
+
+    vLLM only logs a platform plug-in that fails, and then serves with its own layers, which on CPUs
+    corrupt base requests beside adapters.
+    Raises: EngineSeamError: a worker without them.
+    """
+    try:
+        answers: list[dict[str, Any]] = await engine.collective_rpc("rora_status")
+    except Exception as error:  # a stock worker does not know the method
+        raise EngineSeamError(
+            "the engine started without rora-serve's layers (a stock worker answered); "
+            "install rora-serve in the environment that runs vLLM"
+        ) from error
+    if not all(answer["active"] and answer["num_layers"] for answer in answers):
+        raise EngineSeamError(f"the engine's adapter layers are not in place: {answers}")
