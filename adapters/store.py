@@ -139,11 +139,11 @@ class AdapterStore:
             digits or that two versions begin with.
         Cost: one small read.
         """
-        name, _, wanted = reference.partition("@")
+        name, at, wanted = reference.partition("@")
         record = self._read_record(name) if _NAME.fullmatch(name) else None
         if record is None:
             raise AdapterNotFoundError(f"adapter {name!r}: the store holds no such name")
-        version = record.latest if not wanted else _find_version(record, wanted)
+        version = record.latest if not at else _find_version(record, wanted)
         return ResolvedVersion(name, version, self._objects / version.digest)
 
     def _store_object(self, folder: Path) -> Version:

@@ -46,6 +46,7 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     """
     _check_options(vllm_options)
     _set_environment()
+    _confirm_platform()
     import uvloop  # noqa: PLC0415  (after the environment is set, which vLLM reads at import)
 
     arguments = _parse_vllm_options(
@@ -80,6 +81,22 @@ def _set_environment() -> None:
     # Each would let a request reach an adapter past the front door.
     for name in ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
         os.environ.pop(name, None)
+
+
+def _confirm_platform() -> None:
+    """See that vLLM took our platform, before an engine starts that could not serve.
+
+    vLLM logs a plug-in that fails to load and goes on with its own platform.
+    Raises: EngineSeamError: it did.
+    """
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    if _is_cpu_build() and type(current_platform).__name__ != "RoraCpuPlatform":
+        raise EngineSeamError(
+            f"vLLM runs on {type(current_platform).__name__}, rora-serve's platform is expected; "
+            "install rora-serve in this environment and leave VLLM_PLUGINS and "
+            "VLLM_TARGET_DEVICE unset"
+        )
 
 
 def _engine_options(

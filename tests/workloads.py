@@ -40,7 +40,7 @@ def make_tiny_model(folder: Path, tokenizer_from: Path) -> Path:
 def make_random_adapter(
     folder: Path, base: Path, *, config: AdapterConfig, modules: tuple[str, ...], seed: int
 ) -> Path:
-    """Write an adapter with random factors on every linear layer of `base` whose last name is listed.
+    """Write a random adapter of every linear layer of `base` whose last name is listed.
 
     The factors are large enough that every answer differs clearly from the base model's.
     """
@@ -51,8 +51,8 @@ def make_random_adapter(
         if module.rpartition(".")[2] not in modules:
             continue
         out_features, in_features = tensor.shape
-        rank = next((r for key, r in config.rank_pattern.items() if module.endswith(key)), None)
-        rank = config.rank if rank is None else rank
+        matching = [r for key, r in config.rank_pattern.items() if module.endswith(key)]
+        rank = matching[0] if matching else config.rank
         lora_a = generator.normal(0, in_features**-0.5, (rank, in_features))
         lora_b = generator.normal(0, 0.03, (out_features, rank))
         factors[module] = (lora_a.astype(np.float32), lora_b.astype(np.float32))
@@ -66,7 +66,10 @@ def write_lines(path: Path, lines: list[object]) -> Path:
     return path
 
 
-def chat(question: str, answer: str, **more: object) -> dict[str, object]:
+def chat(question: str, completion: str, /, **more: object) -> dict[str, object]:
     """Return one line of data."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": completion},
+    ]
     return {"messages": messages, **more}

@@ -196,7 +196,7 @@ def _step(
     loss.backward()
     gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
-    return float(loss), float(gradient_norm)
+    return float(loss.detach()), float(gradient_norm)
 
 
 def _plan(config: TrainConfig, data: TrainingData) -> Iterator[tuple[float, list[int]]]:

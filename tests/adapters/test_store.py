@@ -73,7 +73,7 @@ def test_latest_is_no_name(store: AdapterStore, adapter: Path) -> None:
 
 @pytest.mark.parametrize(
     "reference",
-    ["b", "a@stable", "a@sha256:", "a@sha256:{0:.11}", "a@md5:{0}", "a@sha256:" + "0" * 64],
+    ["b", "a@", "a@stable", "a@sha256:", "a@sha256:{0:.11}", "a@md5:{0}", "a@sha256:" + "0" * 64],
 )
 def test_what_the_store_does_not_hold_is_not_found(
     store: AdapterStore, adapter: Path, reference: str

@@ -1,0 +1,147 @@
+"""Starting real servers for tests, and asking them for log-probabilities."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+
+from rora_serve.engine.platform_plugin import SEAM_FLAG
+
+START_SECONDS = 240
+STOP_SECONDS = 60
+# One step must be able to hold every request of a test; float32, since PEFT's oracle is.
+ENGINE_OPTIONS = ("--dtype", "float32", "--max-model-len", "1024")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers at `url`."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Greedy tokens after a prompt, each with the log-probs of the most likely ones."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    top_log_probs: tuple[dict[int, float], ...]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(command: Sequence[str], port: int, log: Path) -> Iterator[Server]:
+    """Start `command`, wait until it answers, stop it by SIGTERM at the end."""
+    environment = {name: value for name, value in os.environ.items() if name != SEAM_FLAG}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    server = Server(f"http://127.0.0.1:{port}", log, process)
+    try:
+        _wait_until_ready(server)
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+
+def our_command(store: Path, port: int) -> list[str]:
+    """The command of a rora-serve with the default model."""
+    own = ["--store", str(store), "--port", str(port), "--max-num-seqs", "32"]
+    return [_script("rora-serve"), *own, "--", *ENGINE_OPTIONS]
+
+
+def stock_command(model: Path, adapters: dict[str, Path], port: int, modules: str) -> list[str]:
+    """The command of vLLM's own server, at its best: only the layers that adapters have."""
+    modules_given = [f"{name}={folder}" for name, folder in adapters.items()]
+    return [
+        _script("vllm"), "serve", str(model), "--served-model-name", "smollm2-135m-instruct",
+        "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *ENGINE_OPTIONS,
+        "--max-num-seqs", "32", "--kv-cache-memory-bytes", "500000000",
+        "--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", "32",
+        "--lora-target-modules", *modules.split(), "--lora-modules", *modules_given,
+    ]  # fmt: skip
+
+
+def ask_together(
+    server: Server, requests: Sequence[tuple[str, tuple[int, ...]]], *, num_tokens: int
+) -> list[Continuation]:
+    """Ask for greedy continuations of (model, prompt) all at once, so that they share batches."""
+
+    async def ask_all() -> list[Continuation]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            return await asyncio.gather(
+                *(_ask(client, model, prompt, num_tokens) for model, prompt in requests)
+            )
+
+    return asyncio.run(ask_all())
+
+
+async def _ask(
+    client: openai.AsyncOpenAI, model: str, prompt: tuple[int, ...], num_tokens: int
+) -> Continuation:
+    answer = await client.completions.create(
+        model=model,
+        prompt=list(prompt),
+        max_tokens=num_tokens,
+        temperature=0,
+        logprobs=5,
+        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+    )
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert found.tokens is not None
+    assert found.top_logprobs is not None
+    return Continuation(
+        prompt,
+        tuple(_token_id(token) for token in found.tokens),
+        tuple({_token_id(t): value for t, value in top.items()} for top in found.top_logprobs),
+    )
+
+
+def _token_id(text: str) -> int:
+    return int(text.removeprefix("token_id:"))
+
+
+def _script(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def _wait_until_ready(server: Server) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{server.url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    tail = server.log.read_text(errors="replace")[-3000:]
+    raise RuntimeError(f"the server did not come up (exit {server.process.poll()}):\n{tail}")

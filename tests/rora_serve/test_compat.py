@@ -1,0 +1,101 @@
+"""The private names of vLLM that we touch are where engine/compat.py expects them."""
+
+import inspect
+from typing import Any, ClassVar
+
+import pytest
+from torch import nn
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+from adapters.errors import EngineSeamError
+from rora_serve.engine import compat
+from rora_serve.engine.manager import RaggedLoraManager
+from rora_serve.engine.platform_plugin import SEAM_FLAG, platform_plugin
+
+
+def test_the_installed_vllm_is_a_tested_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    compat.check_vllm_version()
+    monkeypatch.setattr("vllm.__version__", "0.33.0")
+    with pytest.raises(EngineSeamError, match=r"vLLM 0\.33\.0: a version 0\.32\.x is expected"):
+        compat.check_vllm_version()
+
+
+def test_the_runner_loads_its_lora_model_by_the_method_that_we_replace() -> None:
+    assert "self.load_lora_model(self.model" in inspect.getsource(CPUModelRunner.load_model)
+    parameters = list(inspect.signature(LoRAModelRunnerMixin.load_lora_model).parameters)
+    assert parameters == ["self", "model", "vllm_config", "device"]
+
+
+def test_our_manager_has_every_method_that_the_runner_calls() -> None:
+    source = inspect.getsource(LoRAModelRunnerMixin)
+    called = {
+        part.split("(")[0].split(")")[0].strip() for part in source.split("self.lora_manager.")[1:]
+    }
+    called.discard("create_lora_manager")  # of the manager that ours replaces
+    assert called >= {"set_active_adapters", "add_adapter", "remove_adapter", "list_adapters"}
+    missing = {name for name in called if not hasattr(RaggedLoraManager, name)}
+    assert not missing
+    for name in called & set(dir(LRUCacheWorkerLoRAManager)):
+        theirs = inspect.signature(getattr(LRUCacheWorkerLoRAManager, name))
+        ours = inspect.signature(getattr(RaggedLoraManager, name))
+        assert len(ours.parameters) == len(theirs.parameters), name
+
+
+def test_handlers_look_adapters_up_in_the_mapping_that_we_replace() -> None:
+    for method in (BaseServing._check_model, BaseServing._maybe_get_adapters):
+        assert "self.models.lora_requests" in inspect.getsource(method)
+
+
+def test_the_platform_sets_a_worker_class() -> None:
+    assert "parallel_config.worker_cls" in inspect.getsource(CpuPlatform.check_and_update_config)
+    assert hasattr(CPUWorker, "init_device")
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("1", True), ("0", False), (None, False)])
+def test_our_platform_is_named_only_for_our_own_server(
+    monkeypatch: pytest.MonkeyPatch, flag: str | None, expected: bool
+) -> None:
+    monkeypatch.delenv(SEAM_FLAG, raising=False)
+    if flag is not None:
+        monkeypatch.setenv(SEAM_FLAG, flag)
+    assert (platform_plugin() is not None) is expected
+
+
+def test_we_step_aside_on_gpu_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SEAM_FLAG, "1")
+    monkeypatch.setattr("vllm.platforms.cpu_platform_plugin", lambda: None)
+    assert platform_plugin() is None
+
+
+class Packed(nn.Module):
+    packed_modules_mapping: ClassVar = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+
+class Layer:
+    """What linear_parts reads of a vLLM layer, which can not be made without an engine."""
+
+    def __init__(self, output_size: int, output_sizes: list[int] | None = None) -> None:
+        self.output_size = output_size
+        if output_sizes is not None:
+            self.output_sizes = output_sizes
+
+
+def test_a_fused_layer_holds_its_modules_one_after_the_other() -> None:
+    layer: Any = Layer(20, [12, 4, 4])
+    assert compat.linear_parts("m.0.qkv_proj", layer, Packed()) == {
+        "m.0.q_proj": (0, 12),
+        "m.0.k_proj": (12, 4),
+        "m.0.v_proj": (16, 4),
+    }
+    plain: Any = Layer(6)
+    assert compat.linear_parts("m.0.o_proj", plain, Packed()) == {"m.0.o_proj": (0, 6)}
+    # Fused in the Hugging Face model too.
+    assert compat.linear_parts("m.0.qkv_proj", layer, nn.Module()) == {"m.0.qkv_proj": (0, 20)}
+    odd: Any = Layer(20, [16, 4])
+    with pytest.raises(EngineSeamError, match="holds 2 parts and names 3"):
+        compat.linear_parts("m.0.qkv_proj", odd, Packed())

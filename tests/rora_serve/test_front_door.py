@@ -1,0 +1,153 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+from fastapi.testclient import TestClient
+
+from adapters import AdapterStore
+from rora_serve.api.front_door import DIRECTORY_STATE, MAX_BODY_BYTES, FrontDoor, current_adapter
+from rora_serve.api.routes import make_router
+from rora_serve.models import ModelDirectory
+
+
+@pytest.fixture
+def store(tmp_path: Path, adapter: Path) -> AdapterStore:
+    store = AdapterStore(tmp_path / "store")
+    store.add(adapter, name="good")
+    store.add(adapter, name="bad")
+    return store
+
+
+@pytest.fixture
+def client(store: AdapterStore) -> Iterator[TestClient]:
+    """An app that tells what its handlers see, behind the front door."""
+    app = FastAPI()
+
+    async def see(request: Request) -> dict[str, Any]:
+        adapter = current_adapter.get()
+        seen = adapter.resolved.public_id if adapter else None
+        return {"adapter": seen, "body": (await request.body()).decode()}
+
+    async def stream() -> StreamingResponse:
+        async def chunks() -> Any:
+            for _ in range(2):
+                adapter = current_adapter.get()
+                yield adapter.requested if adapter else "base"
+
+        return StreamingResponse(chunks())
+
+    app.add_api_route("/v1/chat/completions", see, methods=["POST"])
+    app.add_api_route("/v1/completions", stream, methods=["POST"])
+    app.add_api_route("/invocations", see, methods=["POST"])
+    app.add_api_route("/health", see, methods=["GET"])
+
+    async def load(lora_int_id: int, folder: str) -> dict[str, object]:
+        return {"error": "no such layer"} if refuse else {"num_bytes": lora_int_id * len(folder)}
+
+    refuse: list[bool] = []
+    directory = ModelDirectory(["base"], store, load)
+    app.router.routes[:0] = make_router(directory, started=7).routes
+    app.add_middleware(FrontDoor)
+    setattr(app.state, DIRECTORY_STATE, directory)
+    app.state.refuse = refuse
+    with TestClient(app) as client:
+        yield client
+
+
+def ask(client: TestClient, body: object) -> Any:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return client.post("/v1/chat/completions", content=content)
+
+
+def test_a_request_reaches_its_handler_with_its_adapter_and_whole_body(
+    client: TestClient, store: AdapterStore
+) -> None:
+    answer = ask(client, {"model": "good", "text": "x" * 200_000})
+    expected = store.resolve("good").public_id
+    assert answer.json()["adapter"] == answer.headers["x-rora-adapter"] == expected
+    assert len(answer.json()["body"]) > 200_000
+
+
+@pytest.mark.parametrize(
+    "body", [{"model": "base"}, {}, {"model": ""}, {"model": 1}, [], b"{", b""]
+)
+def test_what_names_no_adapter_is_left_to_vllm_as_the_base(
+    client: TestClient, body: object
+) -> None:
+    answer = ask(client, body)
+    assert answer.status_code == 200
+    assert answer.json()["adapter"] is None
+    assert "x-rora-adapter" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "model", ["nobody", "../good", "/etc/passwd", "good@", "good@x", "good@sha256:00", "GOOD", "é"]
+)
+def test_an_unknown_model_is_404_in_openais_words(client: TestClient, model: str) -> None:
+    answer = ask(client, {"model": model})
+    assert answer.status_code == 404
+    assert answer.json()["error"] == {
+        "message": f"The model {model!r} does not exist.",
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
+
+
+def test_an_adapter_that_the_engine_refuses_is_422_with_the_reason(client: TestClient) -> None:
+    client.app.state.refuse.append(True)  # type: ignore[attr-defined]
+    answer = ask(client, {"model": "bad"})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "adapter_not_servable"
+    assert "no such layer" in answer.json()["error"]["message"]
+    assert ask(client, {"model": "base"}).status_code == 200
+
+
+def test_a_stream_keeps_its_adapter_to_the_end(client: TestClient) -> None:
+    assert client.post("/v1/completions", json={"model": "good"}).text == "goodgood"
+    assert client.post("/v1/completions", json={"model": "base"}).text == "basebase"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/invocations"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("GET", "/docs"),
+        ("GET", "/openapi.json"),
+        ("GET", "/v1/chat/completions"),
+        ("POST", "/health"),
+        ("PUT", "/v1/models"),
+        ("POST", "//v1/chat/completions"),
+        ("POST", "/v1/chat/completions/"),
+    ],
+)
+def test_routes_that_are_not_listed_are_404(client: TestClient, method: str, path: str) -> None:
+    answer = client.request(method, f"http://testserver{path}", content=b"{}")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "route_not_found"
+
+
+def test_a_body_above_the_limit_is_413(client: TestClient) -> None:
+    answer = ask(client, b"x" * (MAX_BODY_BYTES + 1))
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_models_are_listed_with_their_base_and_version(
+    client: TestClient, store: AdapterStore
+) -> None:
+    cards = {card["id"]: card for card in client.get("/v1/models").json()["data"]}
+    assert list(cards) == ["base", "bad", "good"]
+    assert cards["good"]["parent"] == "base"
+    assert cards["good"]["version"] == f"sha256:{store.resolve('good').version.digest}"
+    assert client.get("/v1/models/good").json() == cards["good"]
+    assert client.get("/v1/models/base").json() == cards["base"]
+    missing = client.get("/v1/models/nobody")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "model_not_found"
+    assert client.get("/ready").status_code == 200

@@ -1,0 +1,135 @@
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+
+from adapters import AdapterStore
+from adapters.errors import AdapterMismatchError, AdapterNameError, AdapterNotFoundError
+from rora_serve.models import ModelDirectory
+
+BASE = "base"
+
+
+class Engine:
+    """Stands for the worker at the other end of the RPC: counts loads, and can refuse or fail."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[int, str]] = []
+        self.answers: list[dict[str, object] | Exception] = []
+
+    async def load(self, lora_int_id: int, folder: str) -> dict[str, object]:
+        await asyncio.sleep(0.01)
+        self.loaded.append((lora_int_id, folder))
+        answer = self.answers.pop(0) if self.answers else dict[str, object](num_bytes=1)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def store(tmp_path: Path, adapter: Path) -> AdapterStore:
+    store = AdapterStore(tmp_path / "store")
+    store.add(adapter, name="a")
+    return store
+
+
+@pytest.fixture
+def directory(store: AdapterStore, engine: Engine) -> ModelDirectory:
+    return ModelDirectory([BASE], store, engine.load)
+
+
+def test_the_base_is_no_adapter_and_an_unknown_name_is_not_found(
+    directory: ModelDirectory, engine: Engine
+) -> None:
+    assert asyncio.run(directory.open(BASE)) is None
+    with pytest.raises(AdapterNotFoundError):
+        asyncio.run(directory.open("nobody"))
+    assert engine.loaded == []
+
+
+def test_many_first_requests_load_an_adapter_once(
+    directory: ModelDirectory, engine: Engine, store: AdapterStore
+) -> None:
+    async def ask() -> None:
+        digest = store.resolve("a").version.digest
+        names = ["a", "a@latest", f"a@sha256:{digest}"] * 5
+        served = await asyncio.gather(*(directory.open(name) for name in names))
+        assert [adapter.requested for adapter in served if adapter] == names
+        assert {adapter.lora_int_id for adapter in served if adapter} == {1}
+
+    asyncio.run(ask())
+    assert len(engine.loaded) == 1
+
+
+def test_a_new_version_is_another_adapter_to_the_engine(
+    directory: ModelDirectory, engine: Engine, store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(adapter, changed)
+    config = changed / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+
+    async def ask() -> None:
+        first = await directory.open("a")
+        store.add(changed, name="a")
+        second = await directory.open("a")
+        assert first is not None
+        assert second is not None
+        assert first.engine_name != second.engine_name
+        assert (first.lora_int_id, second.lora_int_id) == (1, 2)
+
+    asyncio.run(ask())
+    assert len({folder for _, folder in engine.loaded}) == 2
+
+
+def test_an_adapter_that_does_not_fit_is_refused_each_time(
+    directory: ModelDirectory, engine: Engine
+) -> None:
+    engine.answers = [{"error": "it does not fit"}, {"error": "it does not fit"}]
+
+    async def ask() -> None:
+        for _ in range(2):
+            with pytest.raises(AdapterMismatchError, match=r"a@sha256:\w{12}: it does not fit"):
+                await directory.open("a")
+        assert await directory.open("a") is not None
+
+    asyncio.run(ask())
+
+
+def test_an_engine_error_is_not_remembered(directory: ModelDirectory, engine: Engine) -> None:
+    engine.answers = [RuntimeError("lost")]
+
+    async def ask() -> None:
+        with pytest.raises(RuntimeError, match="lost"):
+            await directory.open("a")
+        assert await directory.open("a") is not None
+
+    asyncio.run(ask())
+
+
+def test_a_client_that_leaves_does_not_cancel_the_load_of_others(
+    directory: ModelDirectory, engine: Engine
+) -> None:
+    async def ask() -> None:
+        leaving = asyncio.create_task(directory.open("a"))
+        staying = asyncio.create_task(directory.open("a"))
+        await asyncio.sleep(0.005)
+        leaving.cancel()
+        assert await staying is not None
+
+    asyncio.run(ask())
+    assert len(engine.loaded) == 1
+
+
+def test_an_adapter_named_like_the_base_is_refused_at_start(
+    store: AdapterStore, adapter: Path, engine: Engine
+) -> None:
+    store.add(adapter, name=BASE)
+    with pytest.raises(AdapterNameError, match="named 'base' like the base model"):
+        ModelDirectory([BASE], store, engine.load)

@@ -1,0 +1,262 @@
+"""What a real engine serves equals what PEFT computes; stock vLLM is the control that must fail."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from adapters import AdapterConfig, AdapterStore
+from adapters.base_model import DEFAULT_MODEL_NAME as BASE
+from tests.conftest import LINEAR
+from tests.reference import ATOL
+from tests.rora_serve.serving import (
+    Continuation,
+    Server,
+    ask_together,
+    free_port,
+    our_command,
+    running,
+    stock_command,
+)
+from tests.workloads import make_random_adapter
+from trainer.model import load_tokenizer
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+NUM_TOKENS = 32
+TOLERANCE = ATOL["served-log-probs-float32"]
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three colours.",
+    "Why is the sky blue? Answer in one sentence, for a child of six years.",
+)
+CONFIGS = {
+    "lora-8": AdapterConfig(8, 16, target_modules=LINEAR),
+    # q, k and v of unequal ranks, and no down_proj.
+    "rora-32": AdapterConfig(
+        32,
+        16,
+        use_rslora=True,
+        rank_pattern={"q_proj": 5, "k_proj": 17},
+        alpha_pattern={"o_proj": 4.0},
+        target_modules=LINEAR[:-1],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: make_random_adapter(
+            root / name,
+            default_model,
+            config=config,
+            modules=tuple(config.target_modules),
+            seed=seed,
+        )
+        for seed, (name, config) in enumerate(CONFIGS.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) -> AdapterStore:
+    store = AdapterStore(tmp_path_factory.mktemp("serving") / "store")
+    for name, folder in adapters.items():
+        store.add(folder, name=name)
+    return store
+
+
+@pytest.fixture(scope="module")
+def server(store: AdapterStore) -> Iterator[Server]:
+    port = free_port()
+    with running(our_command(store.root, port), port, store.root.with_name("log")) as server:
+        yield server
+    assert server.process.returncode == 0, "a server that a signal stops exits with 0"
+
+
+@pytest.fixture(scope="module")
+def prompts(default_model: Path) -> list[tuple[int, ...]]:
+    tokenizer = load_tokenizer(default_model)
+
+    def encode(question: str) -> tuple[int, ...]:
+        messages = [{"role": "user", "content": question}]
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return tuple(encoded["input_ids"])
+
+    return [encode(question) for question in QUESTIONS]
+
+
+class Oracle:
+    """The same adapters, loaded by PEFT into transformers."""
+
+    def __init__(self, base: Path, adapters: dict[str, Path]) -> None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        first, *others = adapters
+        self._model = PeftModel.from_pretrained(model, str(adapters[first]), adapter_name=first)
+        for name in others:
+            self._model.load_adapter(str(adapters[name]), adapter_name=name)
+        self._model.eval()
+
+    @torch.no_grad()
+    def largest_difference(self, name: str, found: Continuation) -> float:
+        """Over the top log-probs of every generated token; the served tokens are the context."""
+        ids = torch.tensor([found.prompt + found.tokens])
+        model: Any = self._model
+        if name == BASE:
+            with model.disable_adapter():
+                logits = model(ids).logits[0]
+        else:
+            model.set_adapter(name)
+            logits = model(ids).logits[0]
+        log_probs = logits.log_softmax(-1)
+        first = len(found.prompt) - 1
+        return max(
+            abs(float(log_probs[first + step, token]) - value)
+            for step, top in enumerate(found.top_log_probs)
+            for token, value in top.items()
+        )
+
+
+@pytest.fixture(scope="module")
+def oracle(default_model: Path, adapters: dict[str, Path]) -> Oracle:
+    return Oracle(default_model, adapters)
+
+
+def differences(
+    server: Server, oracle: Oracle, names: list[str], prompts: list[tuple[int, ...]]
+) -> dict[str, float]:
+    """Ask every name with every prompt in one batch; return the largest difference of each name."""
+    requests = [(name, prompt) for prompt in prompts for name in names]
+    found = ask_together(server, requests, num_tokens=NUM_TOKENS)
+    largest = dict.fromkeys(names, 0.0)
+    for (name, _), continuation in zip(requests, found, strict=True):
+        assert len(continuation.tokens) == NUM_TOKENS
+        assert all(len(top) >= 5 for top in continuation.top_log_probs)
+        difference = oracle.largest_difference(name, continuation)
+        largest[name] = max(largest[name], difference)
+    return largest
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["lora-8"], ["rora-32"], ["lora-8", "rora-32"], [BASE, "lora-8", "rora-32"], [BASE]],
+    ids=" + ".join,
+)
+def test_served_log_probs_equal_those_of_peft(
+    server: Server,
+    oracle: Oracle,
+    names: list[str],
+    prompts: list[tuple[int, ...]],
+    record_property: Any,
+) -> None:
+    found = differences(server, oracle, names, prompts)
+    record_property("largest_difference", found)
+    print("largest difference of log-probs:", found)
+    assert max(found.values()) <= TOLERANCE
+
+
+def test_the_adapters_differ_from_the_base_and_from_each_other(
+    server: Server, prompts: list[tuple[int, ...]]
+) -> None:
+    """The control of the test above: an adapter that did not apply would answer as the base."""
+    names = [BASE, *CONFIGS]
+    found = ask_together(server, [(name, prompts[0]) for name in names], num_tokens=8)
+    assert len({continuation.tokens for continuation in found}) == len(names)
+
+
+def test_stock_vllm_corrupts_the_base_beside_an_adapter(
+    default_model: Path,
+    adapters: dict[str, Path],
+    oracle: Oracle,
+    prompts: list[tuple[int, ...]],
+    tmp_path: Path,
+) -> None:
+    """The same measurement on vLLM's own layers fails, so it can fail; why ours exist."""
+    port = free_port()
+    modules = "qkv_proj o_proj gate_up_proj down_proj"
+    command = stock_command(default_model, adapters, port, modules)
+    with running(command, port, tmp_path / "log") as stock:
+        alone = differences(stock, oracle, [BASE], prompts)
+        mixed = differences(stock, oracle, [BASE, *CONFIGS], prompts)
+    print("stock vLLM, largest difference of log-probs: alone", alone, "mixed", mixed)
+    assert alone[BASE] <= TOLERANCE
+    assert mixed[BASE] > 10 * TOLERANCE
+
+
+def test_the_openai_client_gets_what_it_expects(server: Server, store: AdapterStore) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == [BASE, *CONFIGS]
+        assert client.models.retrieve("lora-8").id == "lora-8"
+        messages: Any = [{"role": "user", "content": "Hi"}]
+        raw = client.chat.completions.with_raw_response.create(
+            model="lora-8@latest", messages=messages, max_tokens=4
+        )
+        assert raw.headers["x-rora-adapter"] == store.resolve("lora-8").public_id
+        assert raw.parse().model == "lora-8@latest"
+        stream = client.chat.completions.create(
+            model="rora-32", messages=messages, max_tokens=4, stream=True
+        )
+        assert {chunk.model for chunk in stream} == {"rora-32"}
+        # A list of parts, as clients send them, is still a base request.
+        parts: Any = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+        answer = client.chat.completions.create(model=BASE, messages=parts, max_tokens=4)
+        assert answer.model == BASE
+        with pytest.raises(openai.NotFoundError, match="'nobody' does not exist"):
+            client.chat.completions.create(model="nobody", messages=messages)
+
+
+def test_a_new_version_under_an_old_name_is_never_answered_from_the_old_cache(
+    server: Server,
+    oracle: Oracle,
+    store: AdapterStore,
+    adapters: dict[str, Path],
+    prompts: list[tuple[int, ...]],
+) -> None:
+    store.add(adapters["lora-8"], name="moving")
+    for weights in ("lora-8", "rora-32", "lora-8"):
+        store.add(adapters[weights], name="moving")
+        (found,) = ask_together(server, [("moving", prompts[2])], num_tokens=NUM_TOKENS)
+        assert oracle.largest_difference(weights, found) <= TOLERANCE
+
+
+def test_an_adapter_that_does_not_fit_fails_its_own_requests_only(
+    server: Server, store: AdapterStore, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = make_random_adapter(
+        tmp_path / "tiny", tiny_model, config=CONFIGS["lora-8"], modules=LINEAR, seed=0
+    )
+    store.add(folder, name="misfit")
+    broken = store.add(_edited(folder, tmp_path / "cut"), name="cut")
+    path = broken.folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        for name, reason in (("misfit", "does not fit the base model"), ("cut", "the file has")):
+            with pytest.raises(openai.UnprocessableEntityError, match=reason):
+                client.completions.create(model=name, prompt="Hi", max_tokens=1)
+        assert client.completions.create(model=BASE, prompt="Hi", max_tokens=1).choices
+
+
+def _edited(folder: Path, copy: Path) -> Path:
+    shutil.copytree(folder, copy)
+    config = copy / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 15'))
+    return copy
+
+
+def test_a_server_without_our_layers_never_starts(store: AdapterStore) -> None:
+    """vLLM told to leave our plug-in out would serve with its own layers."""
+    command = our_command(store.root, free_port())
+    result = subprocess.run(
+        ["env", "VLLM_PLUGINS=none", *command],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "rora-serve's platform is expected" in result.stderr.splitlines()[-1]

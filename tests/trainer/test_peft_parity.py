@@ -1,0 +1,89 @@
+"""What we train is what PEFT loads: the same logits, from the folder on disk, by its own code."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from adapters import open_artifact
+from tests.reference import ATOL
+from tests.workloads import chat, write_lines
+from trainer.config import AdapterSettings, DataSettings, LoopSettings, TrainConfig
+from trainer.data import read_chats, tokenize_chat
+from trainer.evaluate import evaluate
+from trainer.inject import inject_artifact
+from trainer.loop import train
+from trainer.model import load_base
+
+LINES = [chat(f"Say {word}.", word * 3) for word in ("red", "blue", "green", "grey", "black")]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, token_ids: tuple[int, ...]) -> torch.Tensor:
+    result: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
+    return result
+
+
+@pytest.mark.parametrize("rank", [8, 32])
+@pytest.mark.parametrize("method", ["lora", "rora"])
+def test_a_trained_folder_gives_the_trainers_own_logits_in_peft(
+    tmp_path: Path, default_model: Path, method: Literal["lora", "rora"], rank: int
+) -> None:
+    """On the real default model, with every module adapted and moved by real steps."""
+    config = TrainConfig(
+        output=tmp_path / "run",
+        data=DataSettings(train=write_lines(tmp_path / "data.jsonl", list(LINES))),
+        adapter=AdapterSettings(method=method, rank=rank),
+        train=LoopSettings(epochs=2, batch_tokens=128, learning_rate=2e-3),
+    )
+    base = load_base("smollm2", default_model, dtype="float32")
+    folder = train(config, base)
+    base.model.eval()
+    sample = tokenize_chat(read_chats(config.data.train)[0].messages, base.tokenizer)
+    ours = logits(base.model, sample.token_ids)
+
+    untouched = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.float32)
+    alone = logits(untouched, sample.token_ids)
+    theirs = logits(PeftModel.from_pretrained(untouched, str(folder)).eval(), sample.token_ids)
+    difference = float((ours - theirs).abs().max())
+    assert difference <= ATOL["logits-float32"]
+    # The control: an adapter that did not apply would be this far off.
+    assert float((alone - theirs).abs().max()) > 0.1
+
+    artifact = open_artifact(folder)
+    assert {module.rank for module in artifact.modules.values()} == {rank}
+    assert artifact.config.use_rslora == (method == "rora")
+
+
+def test_our_own_reader_gives_pefts_logits_for_ranks_that_differ(
+    adapter: Path, tiny_model: Path
+) -> None:
+    base = load_base("tiny", tiny_model, dtype="float32")
+    inject_artifact(base.model, open_artifact(adapter))
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(fresh, str(adapter)).eval()
+    ids = tuple(range(20, 40))
+    torch.testing.assert_close(
+        logits(base.model, ids), logits(theirs, ids), atol=ATOL["logits-float32"], rtol=0
+    )
+
+
+def test_held_out_loss_equals_that_of_peft(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+    chats = read_chats(write_lines(tmp_path / "d.jsonl", list(LINES)))
+    base = load_base("tiny", tiny_model, dtype="float32")
+    inject_artifact(base.model, open_artifact(adapter))
+    ours = evaluate(base, chats, batch_tokens=100, progress=lambda _: None).loss
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(fresh, str(adapter)).eval()
+    total, count = 0.0, 0
+    for line in chats:
+        sample = tokenize_chat(line.messages, base.tokenizer)
+        log_probs = logits(theirs, sample.token_ids).log_softmax(-1)
+        for t in range(1, len(sample)):
+            if sample.has_loss[t]:
+                total -= float(log_probs[t - 1, sample.token_ids[t]])
+                count += 1
+    assert ours == pytest.approx(total / count, abs=ATOL["logits-float32"])
