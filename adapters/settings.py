@@ -7,7 +7,7 @@ nearest known key is named.
 import argparse
 import difflib
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ FlagReader = Callable[[argparse.Namespace], Keys]
 def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> FlagReader:
     """Add a flag for each field of `model` to `parser`; return what reads them from its result.
 
-    A field `train.seed` is the flag --train.seed. `none` as a value means no value.
+    A field `train.batch_tokens` is the flag --train.batch-tokens. `none` as a value means no value.
     """
     settings = type(
         model.__name__,
@@ -38,8 +38,19 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> FlagRe
         cli_enforce_required=False,
         cli_hide_none_type=True,
         cli_parse_none_str="none",
+        cli_kebab_case=True,
     )
     return lambda namespace: source(parsed_args=namespace)()
+
+
+def with_hyphens(argv: Sequence[str]) -> list[str]:
+    """Return arguments with our spelling of flags, so that --train.batch_tokens is one too."""
+    spelt = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        is_flag = argument.startswith("--")
+        spelt.append(f"{name.replace('_', '-')}{equals}{value}" if is_flag else argument)
+    return spelt
 
 
 def read_settings(model: type[Settings], path: Path | None, flags: Mapping[str, Any]) -> Settings:

@@ -9,7 +9,7 @@ from pathlib import Path
 from adapters.base_model import cache_folder, find_model, model_name
 from adapters.command import run_command
 from adapters.errors import ConfigError
-from adapters.settings import add_flags, read_settings
+from adapters.settings import add_flags, read_settings, with_hyphens
 from rora_serve.config import ServeConfig
 
 PROGRAM = "rora-serve"
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         "--config", type=Path, metavar="FILE", help="serve.toml with these settings"
     )
     read_flags = add_flags(parser, ServeConfig)
-    arguments = parser.parse_args(ours)
+    arguments = parser.parse_args(with_hyphens(ours))
 
     def serve() -> int:
         config = read_settings(ServeConfig, arguments.config, read_flags(arguments))

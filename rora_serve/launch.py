@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,6 +205,7 @@ async def _serve(arguments: argparse.Namespace, store: AdapterStore) -> bool:
                 f"at {address}",
                 file=sys.stderr,
             )
+            stopped = _note_shutdown(engine)
             shutdown = await serve_http(
                 app,
                 sock=sock,
@@ -212,11 +214,27 @@ async def _serve(arguments: argparse.Namespace, store: AdapterStore) -> bool:
                 log_level=arguments.uvicorn_log_level,
                 access_log=not arguments.disable_uvicorn_access_log,
             )
-            died = bool(engine.errored)
+            died = bool(engine.errored) and not stopped.is_set()
         await shutdown
     finally:
         sock.close()
     return died
+
+
+def _note_shutdown(engine: "EngineClient") -> threading.Event:
+    """Return an event that is set when vLLM's signal handler stops the engine.
+
+    An engine that was stopped and one that died both count as errored.
+    """
+    stopped = threading.Event()  # vLLM calls shutdown in a thread
+    shutdown = engine.shutdown
+
+    def noted_shutdown(timeout: float | None = None) -> None:
+        stopped.set()
+        shutdown(timeout=timeout)
+
+    engine.shutdown = noted_shutdown  # type: ignore[method-assign]
+    return stopped
 
 
 async def _load_through_seam(

@@ -3,12 +3,13 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from adapters.base_model import cache_folder, find_model, model_name
 from adapters.command import run_command
-from adapters.settings import add_flags, read_settings
+from adapters.settings import add_flags, read_settings, with_hyphens
 from trainer.config import TrainConfig
 
 PROGRAM = "rora-train"
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     evaluation.add_argument("--json", action="store_true", help="print one JSON object")
     evaluation.set_defaults(action=_evaluate)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(with_hyphens(sys.argv[1:] if argv is None else argv))
     return run_command(PROGRAM, lambda: arguments.action(arguments))
 
 

@@ -80,7 +80,8 @@ def stock_command(model: Path, adapters: dict[str, Path], port: int, modules: st
     """The command of vLLM's own server, at its best: only the layers that adapters have."""
     modules_given = [f"{name}={folder}" for name, folder in adapters.items()]
     return [
-        _script("vllm"), "serve", str(model), "--served-model-name", "smollm2-135m-instruct",
+        sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(model),
+        "--served-model-name", "smollm2-135m-instruct",
         "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *ENGINE_OPTIONS,
         "--max-num-seqs", "32", "--kv-cache-memory-bytes", "500000000",
         "--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", "32",

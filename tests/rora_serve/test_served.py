@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -249,6 +250,17 @@ def _edited(folder: Path, copy: Path) -> Path:
     config = copy / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 15'))
     return copy
+
+
+def test_a_dead_engine_ends_the_server_with_a_failure(store: AdapterStore, tmp_path: Path) -> None:
+    """vLLM's own server ends with 0, so that what restarts it sees nothing wrong."""
+    port = free_port()
+    with running(our_command(store.root, port), port, tmp_path / "log") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        (core,) = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+        core.kill()
+        assert server.process.wait(60) == 1
+    assert "the engine died" in (tmp_path / "log").read_text()
 
 
 def test_a_server_without_our_layers_never_starts(store: AdapterStore) -> None:
