@@ -60,6 +60,11 @@ def write_artifact(
         write_synced(temporary / PROVENANCE_FILE, _json_bytes(provenance))
 
 
+def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:
+    """Replace rora.json of an adapter folder in one step."""
+    replace_file(folder / PROVENANCE_FILE, _json_bytes(content))
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder` when the block ends without an error.

@@ -97,4 +97,6 @@ class ModelDirectory:
             raise
         if "error" in outcome:
             del self._loads[weights]
-            raise AdapterMismatchError(f"{served.resolved.public_id}: {outcome['error']}")
+            # Clients see this; where the store lies is not their business.
+            reason = str(outcome["error"]).replace(f"{served.folder}/", "")
+            raise AdapterMismatchError(f"{served.resolved.public_id}: {reason}")

@@ -1,6 +1,5 @@
 """Trained layers -> adapter folder."""
 
-import hashlib
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -76,7 +75,6 @@ def provenance(
         "base_model": {"name": base.name, "fingerprint": fingerprint(base.folder)},
         "training": {
             "config": config.model_dump(mode="json"),
-            "config_sha256": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
             "data_sha256": data_sha256,
             "seed": config.train.seed,
             "metrics": metrics,

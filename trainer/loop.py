@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from adapters import AdapterConfig
 from adapters.errors import ConfigError, DataError, TrainingError
+from adapters.writer import write_provenance
 from trainer.batching import Batch, make_batch, plan_epoch
 from trainer.config import TrainConfig
 from trainer.data import Chat, Sample, file_digest, read_chats, tokenize_chat
@@ -28,6 +29,7 @@ from trainer.optim import learning_rate_factor
 ADAPTER_FOLDER = "adapter"
 LOG_FILE = "log.jsonl"
 CONFIG_FILE = "config.json"
+EVAL_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,19 @@ def train(config: TrainConfig, base: BaseModel) -> Path:
     (config.output / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
     _say_what_runs(config, base, data, layers)
     with (config.output / LOG_FILE).open("x", encoding="utf-8") as log:
-        metrics = _run_steps(config, base, data, layers, log)
+        origin = provenance(
+            config,
+            base,
+            data_sha256=file_digest(config.data.train),
+            metrics=_run_steps(config, base, data, layers, log),
+        )
+        folder = config.output / ADAPTER_FOLDER
+        digest = export(folder, description, layers, provenance=origin)
+        print(f"weights sha256:{digest}", file=sys.stderr)
+        # After the export: whoever stops a long evaluation keeps the adapter.
         if data.eval_chats:
-            metrics |= _evaluate_both(config, base, data, layers, log)
-    folder = config.output / ADAPTER_FOLDER
-    origin = provenance(config, base, data_sha256=file_digest(config.data.train), metrics=metrics)
-    digest = export(folder, description, layers, provenance=origin)
-    print(f"weights sha256:{digest}", file=sys.stderr)
+            origin["training"]["metrics"] |= _evaluate_both(config, base, data, layers, log)
+            write_provenance(folder, origin)
     return folder
 
 
@@ -222,9 +230,9 @@ def _evaluate_both(
     log: TextIO,
 ) -> dict[str, Any]:
     """Measure the held-out chats with and without the adapter."""
-    adapter, alone = evaluate_both(
-        base, data.eval_chats, layers, batch_tokens=config.train.batch_tokens
-    )
+    # Nothing is kept for a backward pass, so more fits than in a step.
+    batch_tokens = max(config.train.batch_tokens, EVAL_BATCH_TOKENS)
+    adapter, alone = evaluate_both(base, data.eval_chats, layers, batch_tokens=batch_tokens)
     _log(log, evaluation={"adapter": asdict(adapter), "base": asdict(alone)})
     print(
         f"held out, {adapter.num_samples} chats: loss {alone.loss:.3f} -> {adapter.loss:.3f}, "

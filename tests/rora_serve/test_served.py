@@ -240,8 +240,9 @@ def test_an_adapter_that_does_not_fit_fails_its_own_requests_only(
     path.write_bytes(path.read_bytes()[:-1])
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         for name, reason in (("misfit", "does not fit the base model"), ("cut", "the file has")):
-            with pytest.raises(openai.UnprocessableEntityError, match=reason):
+            with pytest.raises(openai.UnprocessableEntityError, match=reason) as caught:
                 client.completions.create(model=name, prompt="Hi", max_tokens=1)
+            assert str(store.root) not in str(caught.value)
         assert client.completions.create(model=BASE, prompt="Hi", max_tokens=1).choices
 
 
