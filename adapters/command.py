@@ -17,11 +17,16 @@ def run_command(program: str, action: Callable[[], int]) -> int:
     try:
         return action()
     except (ConfigError, AdapterNameError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {_one_line(error)}", file=sys.stderr)
         return WRONG_USAGE
-    except RoraError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+    except (RoraError, OSError) as error:
+        print(f"{program}: {_one_line(error)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+
+
+def _one_line(error: Exception) -> str:
+    """Return the error's text on one line; names that users choose may hold line breaks."""
+    return " ".join(str(error).split())

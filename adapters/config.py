@@ -7,7 +7,8 @@ gives wrong answers without an error.
 
 import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,17 @@ from adapters.errors import AdapterConfigError
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
+MAX_PATTERN_LENGTH = 1000
+ALL_LINEAR = "all-linear"
 
-# Keys that select modules, initialise or train weights, or only describe: the stored tensors
-# already show their outcome.
+# Keys that initialise or train weights, or only describe: the stored tensors show their outcome.
 _WITHOUT_EFFECT = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "buffer_size", "direction", "dirichlet_prior",
-        "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
-        "kl_loss_weight", "layers_pattern", "layers_to_transform", "lora_dropout",
-        "megatron_config", "megatron_core", "num_samples", "peft_version", "qalora_group_size",
-        "revision", "runtime_config", "sample_scaler", "scale", "stable_gamma", "task_type",
-        "use_entropy",
+        "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode", "kl_loss_weight",
+        "layers_pattern", "lora_dropout", "megatron_config", "megatron_core", "num_samples",
+        "peft_version", "qalora_group_size", "revision", "runtime_config", "sample_scaler",
+        "scale", "stable_gamma", "task_type", "use_entropy",
     }
 )  # fmt: skip
 # Kinds of adapter that we do not serve, by the key that switches them on.
@@ -35,7 +36,9 @@ _UNSERVED_KINDS = {
     "arrow_config": "an Arrow router",
     "corda_config": "a CorDA initialisation, which changes the base weights",
     "kasa_config": "a KaSA adapter",
+    "exclude_modules": "a choice of modules by exclusion",
     "layer_replication": "layer replication",
+    "layers_to_transform": "a choice of modules by layer",
     "loftq_config": "a LoftQ initialisation, which changes the base weights",
     "lora_bias": "a LoRA with bias terms",
     "lora_ga_config": "a LoRA-GA initialisation, which changes the base weights",
@@ -100,15 +103,16 @@ class AdapterConfig:
             "use_rslora": self.use_rslora,
         }
 
-    def canonical(self) -> dict[str, Any]:
-        """Return the weight-bearing keys only, with defaults filled in: what the digest covers."""
-        kept = self.to_peft()
-        for key in ("base_model_name_or_path", "inference_mode", "lora_dropout", "task_type"):
-            del kept[key]
-        # 16 and 16.0 are the same alpha, whichever way a JSON writer put it.
-        kept["lora_alpha"] = float(self.lora_alpha)
-        kept["alpha_pattern"] = {k: float(v) for k, v in self.alpha_pattern.items()}
-        return kept
+    def targets(self, module: str) -> bool:
+        """Tell whether PEFT would adapt `module`, by its own rule: a whole path or a suffix.
+
+        Source: peft 0.21 `tuners/tuners_utils.py: check_target_module_exists`.
+        """
+        if not self.target_modules or self.target_modules == ALL_LINEAR:
+            return True  # PEFT chooses by the kind of model or layer
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -124,6 +128,8 @@ def read_config(folder: Path) -> AdapterConfig:
                 f"{path}: {size} bytes, at most {MAX_CONFIG_BYTES} are expected; export it again"
             )
         parsed = json.loads(path.read_bytes(), object_pairs_hook=_object_without_duplicates)
+        # A lone surrogate passes as JSON and fails wherever the text is used.
+        json.dumps(parsed, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise AdapterConfigError(
             f"{folder}: no {CONFIG_FILE}, an adapter folder holds one; "
@@ -131,7 +137,7 @@ def read_config(folder: Path) -> AdapterConfig:
         ) from None
     except AdapterConfigError as error:
         raise AdapterConfigError(f"{path}: {error}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterConfigError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(parsed, dict):
         raise AdapterConfigError(
@@ -168,20 +174,11 @@ def parse_config(keys: Mapping[str, Any], *, where: str) -> AdapterConfig:
         problems.append(f"r is {rank!r}, an integer of at least 1 is expected")
     if not _is_alpha(alpha):
         problems.append(f"lora_alpha is {alpha!r}, a number above 0 is expected")
-    patterns = {}
-    for key, check, wanted in (
-        ("rank_pattern", _is_rank, "integers of at least 1"),
-        ("alpha_pattern", _is_alpha, "numbers above 0"),
-    ):
-        patterns[key] = keys.get(key) or {}
-        if not isinstance(patterns[key], dict) or not all(map(check, patterns[key].values())):
-            problems.append(f"{key} is {patterns[key]!r}, an object of {wanted} is expected")
+    patterns = {key: keys.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    problems += _wrong_values("rank_pattern", patterns["rank_pattern"], _is_rank, "integers")
+    problems += _wrong_values("alpha_pattern", patterns["alpha_pattern"], _is_alpha, "numbers")
     targets = keys.get("target_modules") or ()
-    if not isinstance(targets, str):
-        if not isinstance(targets, (list, tuple)) or not all(isinstance(t, str) for t in targets):
-            problems.append(f"target_modules is {targets!r}, a list of names or one text expected")
-        else:
-            targets = tuple(sorted(targets))
+    problems += _wrong_targets(targets)
     if problems:
         raise AdapterConfigError(f"{where}: {'; '.join(problems)}")
     return AdapterConfig(
@@ -190,7 +187,7 @@ def parse_config(keys: Mapping[str, Any], *, where: str) -> AdapterConfig:
         use_rslora=use_rslora,
         rank_pattern=patterns["rank_pattern"],
         alpha_pattern=patterns["alpha_pattern"],
-        target_modules=targets,
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
         base_model_name_or_path=keys.get("base_model_name_or_path"),
     )
 
@@ -213,6 +210,34 @@ def _unknown(keys: Mapping[str, Any]) -> list[str]:
         hint = f" (nearest known key: {near[0]})" if near else ""
         problems.append(f"unknown key {key!r} with value {keys[key]!r} is not applied{hint}")
     return problems
+
+
+def _wrong_values(
+    key: str, pattern: Any, is_right: Callable[[Any], bool], wanted: str
+) -> list[str]:
+    if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
+        return [f"{key} is {pattern!r}, an object of {wanted} above 0 is expected"]
+    return [f"{key}: {reason}" for reason in map(_wrong_pattern, pattern) if reason]
+
+
+def _wrong_targets(targets: Any) -> list[str]:
+    if isinstance(targets, str):
+        reason = _wrong_pattern(targets)
+        return [f"target_modules: {reason}"] if reason else []
+    if isinstance(targets, (list, tuple)) and all(isinstance(name, str) for name in targets):
+        return []
+    return [f"target_modules is {targets!r}, a list of names or one text is expected"]
+
+
+def _wrong_pattern(pattern: str) -> str | None:
+    """Say why a key that PEFT matches as a regular expression is none."""
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        return f"a pattern of {len(pattern)} characters, at most {MAX_PATTERN_LENGTH} are expected"
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"{pattern!r} is no regular expression ({error})"
+    return None
 
 
 def _is_rank(value: Any) -> bool:

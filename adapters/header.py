@@ -16,6 +16,7 @@ from adapters.errors import ArtifactHeaderError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 LENGTH_FIELD_BYTES = 8
+MAX_DIMENSIONS = 8
 # All types of the format with whole bytes: base models hold more of them than adapters may.
 DTYPE_BYTES: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
@@ -73,7 +74,7 @@ def _read_header(file: BinaryIO, path: Path) -> dict[str, TensorInfo]:
         )
     try:
         header = json.loads(file.read(header_bytes).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactHeaderError(f"{path}: header is not UTF-8 JSON ({error})") from error
     if not isinstance(header, dict):
         raise ArtifactHeaderError(
@@ -94,12 +95,18 @@ def _tensor_info(name: str, entry: Any, *, data_start: int, path: Path) -> Tenso
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ArtifactHeaderError(f"{where}: dtype, shape and data_offsets are expected")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise ArtifactHeaderError(
             f"{where}: dtype {dtype!r} is unknown, one of {', '.join(DTYPE_BYTES)} is expected"
         )
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise ArtifactHeaderError(f"{where}: shape {shape!r}, a list of sizes is expected")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(_is_count(size) for size in shape)
+    ):
+        raise ArtifactHeaderError(
+            f"{where}: shape {str(shape)[:80]}, at most {MAX_DIMENSIONS} sizes are expected"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise ArtifactHeaderError(f"{where}: data_offsets {offsets!r}, [start, stop] is expected")
     start, stop = offsets

@@ -25,12 +25,16 @@ def module_rank(config: AdapterConfig, module: str) -> int:
     return config.rank if key is None else config.rank_pattern[key]
 
 
+def module_alpha(config: AdapterConfig, module: str) -> float:
+    """Return the numerator of the scaling of `module`."""
+    key = matching_key(config.alpha_pattern, module)
+    return float(config.lora_alpha if key is None else config.alpha_pattern[key])
+
+
 def module_scaling(config: AdapterConfig, module: str) -> float:
     """Return the scaling of `module`: alpha / sqrt(rank) with `use_rslora`, else alpha / rank.
 
     Source: RoRA, arXiv 2501.04315, the same formula as rsLoRA, arXiv 2312.03732; LoRA 2106.09685.
     """
-    key = matching_key(config.alpha_pattern, module)
-    alpha = config.lora_alpha if key is None else config.alpha_pattern[key]
-    rank = module_rank(config, module)
+    alpha, rank = module_alpha(config, module), module_rank(config, module)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank

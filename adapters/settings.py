@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from adapters.errors import ConfigError
 
@@ -40,7 +45,14 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> FlagRe
         cli_parse_none_str="none",
         cli_kebab_case=True,
     )
-    return lambda namespace: source(parsed_args=namespace)()
+
+    def read_flags(namespace: argparse.Namespace) -> Keys:
+        try:
+            return source(parsed_args=namespace)()
+        except SettingsError as error:
+            raise ConfigError(f"flags: {error}") from error
+
+    return read_flags
 
 
 def with_hyphens(argv: Sequence[str]) -> list[str]:
@@ -68,11 +80,6 @@ def read_settings(model: type[Settings], path: Path | None, flags: Mapping[str, 
         raise ConfigError(f"{where}: {'; '.join(problems)}") from None
 
 
-def dump_settings(settings: BaseModel) -> Keys:
-    """Return settings as JSON values, for the record that is kept beside every output."""
-    return settings.model_dump(mode="json")
-
-
 def _read_toml(path: Path) -> Keys:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +87,7 @@ def _read_toml(path: Path) -> Keys:
         raise ConfigError(f"{path}: no such file, a TOML configuration is expected") from None
     except OSError as error:
         raise ConfigError(f"{path}: can not be read ({error.strerror})") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from error
 
 

@@ -8,6 +8,7 @@ one at a time under a file lock, readers need none.
 """
 
 import json
+import logging
 import re
 import shutil
 import time
@@ -21,12 +22,14 @@ from filelock import FileLock
 from adapters.artifact import ADAPTER_FILES, open_artifact
 from adapters.digest import version_digest, weights_digest
 from adapters.errors import AdapterNameError, AdapterNotFoundError, ArtifactError, StoreError
-from adapters.writer import new_folder, replace_file, write_synced
+from adapters.writer import replace_file, sync_folder, write_synced
 
 LATEST = "latest"
 MIN_DIGEST_PREFIX = 12
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RECORD_FORMAT = 1
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,15 @@ class Version:
         digest: version digest, 64 hexadecimal digits: the name of its folder.
         weights_digest: identity of what it computes; two versions may share it.
         num_bytes: bytes of its tensors.
+        min_rank, max_rank: over its modules.
         added: seconds since the epoch, UTC.
     """
 
     digest: str
     weights_digest: str
     num_bytes: int
+    min_rank: int
+    max_rank: int
     added: int
 
 
@@ -61,7 +67,10 @@ class NameRecord:
 
     def version(self, digest: str) -> Version:
         """Return the version of exactly this digest."""
-        return next(version for version in self.versions if version.digest == digest)
+        found = [version for version in self.versions if version.digest == digest]
+        if not found:
+            raise StoreError(f"adapter {self.name!r}: an alias means {digest!r}, no version of it")
+        return found[0]
 
 
 @dataclass(frozen=True)
@@ -128,9 +137,17 @@ class AdapterStore:
         return ResolvedVersion(name, version, self._objects / version.digest)
 
     def names(self) -> list[NameRecord]:
-        """Return every name's record, sorted by name."""
-        records = (self._read_record(path.stem) for path in sorted(self._names.glob("*.json")))
-        return [record for record in records if record is not None]
+        """Return every name's record, sorted by name; a broken one is logged and left out."""
+        records = []
+        for path in sorted(self._names.glob("*.json")):
+            try:
+                record = self._read_record(path.stem)
+            except StoreError as error:
+                logger.warning("%s", error)
+                continue
+            if record is not None:
+                records.append(record)
+        return records
 
     def resolve(self, reference: str) -> ResolvedVersion:
         """Return the version that `name`, `name@alias` or `name@sha256:<digits>` means now.
@@ -147,24 +164,36 @@ class AdapterStore:
         return ResolvedVersion(name, version, self._objects / version.digest)
 
     def _store_object(self, folder: Path) -> Version:
-        """Copy `folder` to its place by digest, unless it is there; return what it is."""
-        staging = self._objects / ".incoming"
-        shutil.rmtree(staging, ignore_errors=True)  # left by a crash; we hold the lock
-        with new_folder(staging) as temporary:
+        """Copy `folder` to its place by digest, unless it is there whole; return what it is."""
+        # Nobody reads it and we hold the lock, so one name serves all; a crash may have left it.
+        incoming = self._objects / ".incoming"
+        shutil.rmtree(incoming, ignore_errors=True)
+        incoming.mkdir()
+        try:
             for file_name in ADAPTER_FILES:
                 if (folder / file_name).is_file():
-                    write_synced(temporary / file_name, (folder / file_name).read_bytes())
-        try:
+                    write_synced(incoming / file_name, _read_file(folder / file_name))
+            sync_folder(incoming)
             # The digest is of the copy: the source may change under us.
-            artifact = open_artifact(staging)
+            artifact = open_artifact(incoming)
             weights = weights_digest(artifact)
-            digest = version_digest(weights, staging)
+            digest = version_digest(weights, incoming)
             target = self._objects / digest
-            if not target.exists():
-                staging.rename(target)
+            if not _is_whole(target, weights):
+                shutil.rmtree(target, ignore_errors=True)
+                incoming.rename(target)
+                sync_folder(self._objects)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return Version(digest, weights, artifact.num_bytes, int(time.time()))
+            shutil.rmtree(incoming, ignore_errors=True)
+        ranks = [module.rank for module in artifact.modules.values()]
+        return Version(
+            digest=digest,
+            weights_digest=weights,
+            num_bytes=artifact.num_bytes,
+            min_rank=min(ranks),
+            max_rank=max(ranks),
+            added=int(time.time()),
+        )
 
     def _read_record(self, name: str) -> NameRecord | None:
         path = self._names / f"{name}.json"
@@ -177,12 +206,17 @@ class AdapterStore:
                 )
             versions = tuple(Version(**version) for version in content["versions"])
             record = NameRecord(name, versions, content["aliases"])
-            _ = record.latest
-            return record
-        except FileNotFoundError:
+            for digest in (record.aliases[LATEST], *record.aliases.values()):
+                record.version(digest)
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{path}: can not be read ({error.strerror})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path}: not a record of versions and aliases ({error})") from error
+        return record
 
     def _write_record(self, record: NameRecord) -> None:
         self._names.mkdir(parents=True, exist_ok=True)
@@ -200,14 +234,27 @@ class AdapterStore:
             self._objects.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / ".lock"):
                 yield
-        except ArtifactError:
+        except (ArtifactError, StoreError):
             raise
         except OSError as error:
-            if isinstance(error, StoreError):
-                raise
             raise StoreError(
                 f"{self.root}: can not be written ({error.strerror}); name a folder that is yours"
             ) from error
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: can not be read ({error.strerror})") from error
+
+
+def _is_whole(target: Path, weights: str) -> bool:
+    """Tell whether an object is there and still holds the weights that its name promises."""
+    try:
+        return target.is_dir() and weights_digest(open_artifact(target)) == weights
+    except ArtifactError:
+        return False
 
 
 def _find_version(record: NameRecord, wanted: str) -> Version:

@@ -56,7 +56,9 @@ def write_artifact(
     with new_folder(folder) as temporary:
         # "pt" is what transformers and PEFT ask of a file before they open it.
         write_synced(temporary / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-        write_synced(temporary / CONFIG_FILE, _json_bytes(config.to_peft()))
+        # In its own order: the first pattern that matches counts.
+        config_text = json.dumps(config.to_peft(), indent=2, ensure_ascii=False) + "\n"
+        write_synced(temporary / CONFIG_FILE, config_text.encode())
         write_synced(temporary / PROVENANCE_FILE, _json_bytes(provenance))
 
 

@@ -54,7 +54,10 @@ def main() -> int:
         accuracies = asyncio.run(measure(f"http://127.0.0.1:{port}/v1"))
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
     print_table(accuracies)
     print(f"\nAdapters and logs are in {folder}; serve them again with:")
     print(f"  .venv/bin/rora-serve --store {store}\n")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import threading
 from functools import partial
@@ -11,24 +12,28 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from adapters import AdapterStore, open_artifact
-from adapters.errors import ConfigError, EngineSeamError, RoraError
-from rora_serve.config import ServeConfig
+from adapters.base_model import chat_template, fingerprint
+from adapters.errors import ConfigError, EngineSeamError
+from rora_serve.config import MAX_LORA_RANK, ServeConfig
 from rora_serve.engine.platform_plugin import SEAM_FLAG
-from rora_serve.models import ModelDirectory
+from rora_serve.models import ModelDirectory, ServedBase, check_names
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
-# vLLM's options that decide how adapters are served; ours to set.
+# vLLM's options, by their names in its parser, that decide how adapters are served or would let a
+# request past the front door: ours to set, in whatever spelling they are given.
 _OWN_OPTIONS = (
-    "--api-server-count", "--config", "--enable-lora", "--headless", "--host", "--lora-modules",
-    "--max-cpu-loras", "--max-lora-rank", "--max-loras", "--max-num-seqs", "--middleware",
-    "--model", "--port", "--uds", "--worker-cls",
+    "api_key", "api_server_count", "config", "default_mm_loras", "enable_lora", "enforce_eager",
+    "fully_sharded_loras", "headless", "host", "lora_dtype", "lora_modules", "lora_target_modules",
+    "max_cpu_loras", "max_lora_rank", "max_loras", "max_num_seqs", "middleware", "model",
+    "model_tag", "port", "uds", "worker_cls",
 )  # fmt: skip
 # vLLM counts adapters on the host and would evict by number; nothing is evicted by number here.
 _MAX_CPU_LORAS = 1_000_000
+# Ours by default, a user's to change.
+_FREE_OPTIONS = ("--dtype", "--kv-cache-memory-bytes", "--served-model-name")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-MAX_LORA_RANK = _VLLM_RANKS[-1]
 _MAX_KV_CACHE_BYTES = 2 * 1024**3
 _BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
@@ -45,32 +50,33 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
         ConfigError: an option that is ours to set, or that vLLM refuses.
         EngineSeamError: the engine came up without our layers; nothing was served.
     """
-    _check_options(vllm_options)
     _set_environment()
+    from rora_serve.engine.compat import check_vllm_version  # noqa: PLC0415  (imports vLLM)
+
+    check_vllm_version()
     _confirm_platform()
     import uvloop  # noqa: PLC0415  (after the environment is set, which vLLM reads at import)
 
     arguments = _parse_vllm_options(
-        _engine_options(config, model, base_name, vllm_options) + vllm_options
+        _engine_options(config, model, base_name, vllm_options), vllm_options
     )
+    store = AdapterStore(config.store)
+    names = tuple(arguments.served_model_name)
+    check_names(names, store)
+    base = ServedBase(names, fingerprint(model), chat_template(model))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until vLLM installs its own
     try:
-        died = uvloop.run(_serve(arguments, AdapterStore(config.store)))
-    except RuntimeError as error:
-        if isinstance(error, RoraError):
-            raise
+        died = uvloop.run(_serve(arguments, base, store))
+    except EngineSeamError:
+        raise
+    except (RuntimeError, ValueError, OSError) as error:  # what vLLM raises while it starts
+        first_line = str(error).strip().partition("\n")[0]
         raise EngineSeamError(
-            f"the engine did not start ({error}); its log above says why"
+            f"the engine did not start ({first_line}); its log above says why"
         ) from error
     if died:
         print("rora-serve: the engine died; its log above says why", file=sys.stderr)
     return 1 if died else 0
-
-
-def _check_options(vllm_options: list[str]) -> None:
-    for option in vllm_options:
-        name = option.partition("=")[0].replace("_", "-")
-        if name in _OWN_OPTIONS:
-            raise ConfigError(f"{option}: set by rora-serve itself; see rora-serve --help")
 
 
 def _set_environment() -> None:
@@ -79,6 +85,11 @@ def _set_environment() -> None:
     # The V2 model runner has no place for our LoRA manager.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    if os.environ.get("VLLM_API_KEY"):
+        raise ConfigError(
+            "VLLM_API_KEY: set, but vLLM's key guards only some routes, and none before an adapter "
+            "is loaded; unset it and listen on a private address"
+        )
     # Each would let a request reach an adapter past the front door.
     for name in ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
         os.environ.pop(name, None)
@@ -103,7 +114,7 @@ def _confirm_platform() -> None:
 def _engine_options(
     config: ServeConfig, model: Path, base_name: str, given: list[str]
 ) -> list[str]:
-    """Return vLLM's options for this server; those in `given` are not set twice."""
+    """Return vLLM's options for this server; those in `given` that users may set are left out."""
     options = {
         "--model": str(model),
         "--host": config.host,
@@ -125,7 +136,7 @@ def _engine_options(
         num_names, max_rank = _store_limits(AdapterStore(config.store))
         options["--max-loras"] = str(min(config.max_num_seqs, num_names))
         options["--max-lora-rank"] = str(next(rank for rank in _VLLM_RANKS if rank >= max_rank))
-    names = {option.partition("=")[0] for option in given}
+    names = {option.partition("=")[0].replace("_", "-") for option in given} & set(_FREE_OPTIONS)
     listed = [
         part for name, value in options.items() if name not in names for part in (name, value)
     ]
@@ -159,7 +170,11 @@ def _cpu_dtype() -> str:
     return "auto" if any(flag in flags for flag in _BF16_CPU_FLAGS) else "float32"
 
 
-def _parse_vllm_options(options: list[str]) -> argparse.Namespace:
+def _parse_vllm_options(own: list[str], given: list[str]) -> argparse.Namespace:
+    """Return vLLM's arguments from our options and those given after `--`.
+
+    Raises: ConfigError: a given option changes one of ours, or vLLM refuses it.
+    """
     from vllm.entrypoints.launchers.cli_args import (  # noqa: PLC0415
         make_arg_parser,
         validate_parsed_serve_args,
@@ -167,7 +182,14 @@ def _parse_vllm_options(options: list[str]) -> argparse.Namespace:
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="rora-serve [..] --"))
-    arguments: argparse.Namespace = parser.parse_args(options)
+    ours: argparse.Namespace = parser.parse_args(own)
+    arguments: argparse.Namespace = parser.parse_args(own + given)
+    for name in _OWN_OPTIONS:
+        if getattr(arguments, name) != getattr(ours, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: set by rora-serve itself, not after `--`; "
+                "see rora-serve --help"
+            )
     try:
         validate_parsed_serve_args(arguments)
     except (TypeError, ValueError) as error:
@@ -175,8 +197,9 @@ def _parse_vllm_options(options: list[str]) -> argparse.Namespace:
     return arguments
 
 
-async def _serve(arguments: argparse.Namespace, store: AdapterStore) -> bool:
+async def _serve(arguments: argparse.Namespace, base: ServedBase, store: AdapterStore) -> bool:
     """Start engine and server, serve, and return whether the engine died."""
+    from vllm import envs  # noqa: PLC0415
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
     from vllm.entrypoints.launchers.api_server.entry import (  # noqa: PLC0415
         build_async_engine_client,
@@ -194,7 +217,7 @@ async def _serve(arguments: argparse.Namespace, store: AdapterStore) -> bool:
                 load = partial(_load_through_seam, engine)
             else:
                 load = partial(_load_through_vllm, engine)
-            directory = ModelDirectory(arguments.served_model_name, store, load)
+            directory = ModelDirectory(base, store, load)
             tasks = await engine.get_supported_tasks()
             arguments.middleware = [FRONT_DOOR]
             app = build_app(arguments, tasks, engine.model_config)
@@ -206,13 +229,23 @@ async def _serve(arguments: argparse.Namespace, store: AdapterStore) -> bool:
                 file=sys.stderr,
             )
             stopped = _note_shutdown(engine)
+            # The arguments that vLLM's own server passes, so that its options after `--` hold here.
             shutdown = await serve_http(
                 app,
                 sock=sock,
+                enable_ssl_refresh=arguments.enable_ssl_refresh,
                 host=arguments.host,
                 port=arguments.port,
                 log_level=arguments.uvicorn_log_level,
                 access_log=not arguments.disable_uvicorn_access_log,
+                timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+                ssl_keyfile=arguments.ssl_keyfile,
+                ssl_certfile=arguments.ssl_certfile,
+                ssl_ca_certs=arguments.ssl_ca_certs,
+                ssl_cert_reqs=arguments.ssl_cert_reqs,
+                ssl_ciphers=arguments.ssl_ciphers,
+                h11_max_incomplete_event_size=arguments.h11_max_incomplete_event_size,
+                h11_max_header_count=arguments.h11_max_header_count,
             )
             died = bool(engine.errored) and not stopped.is_set()
         await shutdown

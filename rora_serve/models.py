@@ -7,8 +7,11 @@ neither HTTP nor vLLM's classes, so that all of it can be tested without an engi
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from adapters import AdapterStore, ResolvedVersion
+from adapters.artifact import CHAT_TEMPLATE_FILE
+from adapters.digest import read_provenance
 from adapters.errors import AdapterMismatchError, AdapterNameError
 
 # (lora_int_id, folder) -> {"num_bytes": n} or {"error": text}, from the worker.
@@ -40,30 +43,68 @@ class ServedAdapter:
         return str(self.resolved.folder)
 
 
+@dataclass(frozen=True)
+class ServedBase:
+    """The base model that runs.
+
+    Args:
+        names: what requests call it; the first is its name.
+        fingerprint: of its weights, from adapters.base_model.
+        chat_template: its own, or None.
+    """
+
+    names: tuple[str, ...]
+    fingerprint: str
+    chat_template: str | None
+
+    def mismatch(self, folder: Path) -> str | None:
+        """Say why an adapter can not be served beside this base, as far as its folder tells."""
+        template = folder / CHAT_TEMPLATE_FILE
+        if template.exists():
+            text = template.read_text(encoding="utf-8", errors="replace")
+            if text.strip() != (self.chat_template or "").strip():
+                return "it has a chat template of its own, which is not served yet"
+        trained_on = read_provenance(folder).get("base_model")
+        if not isinstance(trained_on, dict):
+            return None  # made by another tool, which says nothing of the weights
+        # A base in another form, as another dtype, has other weights and the same name.
+        if (
+            trained_on.get("fingerprint") not in (None, self.fingerprint)
+            and trained_on.get("name") not in self.names
+        ):
+            return f"it was trained on {trained_on.get('name')!r}, this is {self.names[0]!r}"
+        return None
+
+
+def check_names(base_names: Sequence[str], store: AdapterStore) -> None:
+    """Refuse a store in which an adapter has a base model's name.
+
+    Raises: AdapterNameError: it has.
+    """
+    for record in store.names():
+        if record.name in base_names:
+            raise AdapterNameError(
+                f"{store.root}: an adapter is named {record.name!r} like the base model; "
+                "store it under another name or serve the base with --served-model-name"
+            )
+
+
 class ModelDirectory:
     """Resolves `model` against base names and the store, and loads adapters on first use.
 
     Args:
-        base_names: names of the base model.
+        base: the base model that runs.
         store: where adapters lie.
         load_in_engine: asks the worker to load an adapter.
-    Raises: AdapterNameError: the store holds an adapter with a base model's name.
     """
 
-    def __init__(
-        self, base_names: Sequence[str], store: AdapterStore, load_in_engine: LoadInEngine
-    ) -> None:
-        self.base_names = tuple(base_names)
+    def __init__(self, base: ServedBase, store: AdapterStore, load_in_engine: LoadInEngine) -> None:
+        self.base_names = base.names
         self.store = store
+        self._base = base
         self._load_in_engine = load_in_engine
         self._ids: dict[str, int] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
-        for record in store.names():
-            if record.name in self.base_names:
-                raise AdapterNameError(
-                    f"{store.root}: an adapter is named {record.name!r} like the base model; "
-                    "store it under another name or serve the base with --served-model-name"
-                )
 
     async def open(self, model: str) -> ServedAdapter | None:
         """Return the adapter that `model` means, loaded in the engine; None is the base model.
@@ -90,7 +131,11 @@ class ModelDirectory:
 
     async def _load(self, served: ServedAdapter) -> None:
         weights = served.engine_name
+        folder = served.resolved.folder
         try:
+            reason = await asyncio.to_thread(self._base.mismatch, folder)
+            if reason is not None:
+                raise AdapterMismatchError(f"{served.resolved.public_id}: {reason}")
             outcome = await self._load_in_engine(served.lora_int_id, served.folder)
         except BaseException:
             del self._loads[weights]  # the next request tries again
@@ -98,5 +143,5 @@ class ModelDirectory:
         if "error" in outcome:
             del self._loads[weights]
             # Clients see this; where the store lies is not their business.
-            reason = str(outcome["error"]).replace(f"{served.folder}/", "")
+            reason = str(outcome["error"]).replace(f"{folder}/", "").replace(f"{folder}", "adapter")
             raise AdapterMismatchError(f"{served.resolved.public_id}: {reason}")

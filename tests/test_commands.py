@@ -113,6 +113,11 @@ def test_flags_are_spelt_with_hyphens_or_as_in_toml(
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--train.schedule", "cosine", "--train.dropout", "1"], None),
         (["--model", "/nowhere"], "model '/nowhere': no such folder"),
+        (["--adapter.alpha", "inf"], "adapter.alpha: found 'inf'"),
+        (["--train.epochs", "inf"], "train.epochs: found 'inf'"),
+        (["--train.seed", str(2**64)], "train.seed: found"),
+        (["--data", "{"], "flags: "),
+        (["--output", "/dev/null/x"], "/dev/null/x can not be made"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "validate"])
@@ -204,12 +209,25 @@ def test_a_port_in_use_is_one_line_before_anything_starts(
     assert f"--port {port}: Address already in use, a free address is expected" in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("--max_loras=3", "max-loras"),
+        ("--lora-mod x=/nowhere", "lora-modules"),  # argparse takes abbreviations
+        ("--no-enable-lora", "enable-lora"),
+        ("--api-key secret", "api-key"),
+    ],
+)
 def test_an_option_that_is_ours_is_not_taken_for_vllm(
-    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, given: str, name: str
 ) -> None:
-    arguments = ["--model", str(tiny_model), "--port", "0", "--", "--max_loras=3"]
-    assert rora_serve.cli.main(arguments) == 2
-    assert "--max_loras=3: set by rora-serve itself" in one_line(capsys)
+    own = ["--model", str(tiny_model), "--port", "0", "--store", str(tiny_model / "store"), "--"]
+    result = subprocess.run(
+        [str(Path(sys.executable).with_name("rora-serve")), *own, *given.split()],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert f"--{name}: set by rora-serve itself" in result.stderr.splitlines()[-1]
 
 
 def test_an_adapter_that_is_none_is_one_line(

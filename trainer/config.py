@@ -5,11 +5,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-ALL_LINEAR = "all-linear"
+from adapters.config import ALL_LINEAR
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSettings(_Section):
@@ -17,8 +17,8 @@ class DataSettings(_Section):
 
     train: Path = Field(description="JSON-lines file of chats to train on")
     eval: Path | None = Field(None, description="held-out JSON-lines file")
-    eval_limit: int | None = Field(
-        200, ge=1, description="lines of data.eval that are used, the first ones; none: all"
+    eval_limit: int = Field(
+        200, ge=1, description="lines of data.eval that are used, the first ones"
     )
 
 
@@ -46,7 +46,7 @@ class AdapterSettings(_Section):
 class LoopSettings(_Section):
     """The training loop."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over data.train")
+    epochs: float = Field(1.0, gt=0, le=10_000, description="passes over data.train")
     batch_tokens: int = Field(1024, ge=1, description="tokens of one step, padding included")
     learning_rate: float = Field(5e-4, gt=0, description="highest learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -58,7 +58,7 @@ class LoopSettings(_Section):
     max_sample_tokens: int = Field(
         2048, ge=2, description="longer samples are left out, and counted"
     )
-    seed: int = Field(0, ge=0, description="seed of initial weights and data order")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of initial weights and data order")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the base model; auto: bfloat16 on GPUs that have it, else float32"
     )

@@ -1,8 +1,7 @@
 """Samples: JSON lines of chats -> token ids and the tokens that carry loss.
 
-Owns reading and checking of lines, the chat template and the loss mask. Each turn is tokenised by
-itself, so that the tokens before an answer are the very ones that a server sends when it asks for
-that answer.
+Owns reading and checking of lines, the chat template and the loss mask. The tokens before an answer
+are the very ones that a server sends when it asks for that answer.
 """
 
 import hashlib
@@ -99,14 +98,6 @@ def tokenize_chat(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBa
     token_ids: list[int] = []
     has_loss: list[bool] = []
     done = ""
-
-    def append(text: str, *, with_loss: bool) -> None:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        token_ids.extend(ids)
-        # What the template writes after the end token is never asked of the model.
-        end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-        has_loss.extend(with_loss and position < end for position in range(len(ids)))
-
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -117,10 +108,31 @@ def tokenize_chat(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBa
                 f"turn {index + 1}: the chat template changes earlier turns when this one follows, "
                 "the same text is expected; train on single turns or use another template"
             )
-        append(before[len(done) :], with_loss=False)
-        append(after[len(before) :], with_loss=True)
+        prompt = _continue_with(token_ids, done, before, tokenizer)
+        token_ids = _continue_with(prompt, before, after, tokenizer)
+        answer = token_ids[len(prompt) :]
+        # What the template writes after the end token is never asked of the model.
+        end_token = tokenizer.eos_token_id
+        end = answer.index(end_token) + 1 if end_token in answer else len(answer)
+        has_loss += [False] * (len(prompt) - len(has_loss))
+        has_loss += [position < end for position in range(len(answer))]
         done = after
     return Sample(tuple(token_ids), tuple(has_loss))
+
+
+def _continue_with(
+    token_ids: list[int], text: str, longer: str, tokenizer: "PreTrainedTokenizerBase"
+) -> list[int]:
+    """Return the tokens of `longer`, which begins with `text`, beginning with those of `text`.
+
+    They are the tokens of the whole where these begin so, as they do with almost every template.
+    Where a token would join both sides, the model first reads `text` alone, so the rest is added.
+    """
+    whole: list[int] = tokenizer(longer, add_special_tokens=False)["input_ids"]
+    if whole[: len(token_ids)] == token_ids:
+        return whole
+    rest: list[int] = tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"]
+    return token_ids + rest
 
 
 def render(
@@ -156,7 +168,8 @@ def file_digest(path: Path) -> str:
 def _parse_chat(line: bytes) -> Chat:
     try:
         parsed = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        json.dumps(parsed, ensure_ascii=False).encode()  # refuses lone surrogates
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error}), one object a line is expected") from error
     if not isinstance(parsed, dict) or not isinstance(parsed.get("messages"), list):
         raise DataError('an object with a list "messages" is expected')
@@ -165,7 +178,7 @@ def _parse_chat(line: bytes) -> Chat:
         raise DataError(
             "the last message is not the assistant's, the wanted answer is expected there"
         )
-    choices = tuple(parsed.get("choices", ()))
+    choices = _texts(parsed, "choices")
     # Sets with many classes keep the index of a class here and its name in a file of labels.
     answer = parsed.get("answer") if choices else None
     if choices and not _is_answer(answer, choices, messages[-1]["content"]):
@@ -173,7 +186,14 @@ def _parse_chat(line: bytes) -> Chat:
             f"answer {answer!r}: an index into the {len(choices)} choices is expected, of the one "
             "that the last message ends with"
         )
-    return Chat(messages, choices, answer, tuple(parsed.get("references", ())))
+    return Chat(messages, choices, answer, _texts(parsed, "references"))
+
+
+def _texts(parsed: dict[str, Any], key: str) -> tuple[str, ...]:
+    texts = parsed.get(key) or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DataError(f'"{key}" is {texts!r}, a list of texts is expected')
+    return tuple(texts)
 
 
 def _parse_message(message: Any) -> Message:
@@ -189,6 +209,7 @@ def _parse_message(message: Any) -> Message:
 def _is_answer(answer: Any, choices: Sequence[str], completion: str) -> bool:
     return (
         isinstance(answer, int)
+        and not isinstance(answer, bool)
         and 0 <= answer < len(choices)
         and completion.endswith(choices[answer])
     )

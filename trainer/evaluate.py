@@ -13,7 +13,7 @@ from trainer.loss import sample_losses
 from trainer.model import BaseModel
 
 Progress = Callable[[int], object]
-# An answer longer than the wanted one by this much is wrong anyway.
+# An answer longer than the longest right one by this much is wrong anyway.
 _SPARE_NEW_TOKENS = 8
 
 
@@ -110,7 +110,10 @@ def _right_by_exact_match(
         for chat in chats
     ]
     limits = [
-        len(tokenizer(chat.completion, add_special_tokens=False)["input_ids"]) + _SPARE_NEW_TOKENS
+        max(
+            len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + _SPARE_NEW_TOKENS
+            for answer in (chat.completion, *chat.references)
+        )
         for chat in chats
     ]
     num_right = 0

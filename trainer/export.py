@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from adapters import AdapterConfig, open_artifact, weights_digest, write_artifact
-from adapters.base_model import fingerprint
 from adapters.errors import TrainingError
 from trainer.config import TrainConfig
 from trainer.lora_linear import LoraLinear
@@ -66,13 +65,18 @@ def export(
 
 
 def provenance(
-    config: TrainConfig, base: BaseModel, *, data_sha256: str, metrics: dict[str, Any]
+    config: TrainConfig,
+    base: BaseModel,
+    *,
+    base_fingerprint: str,
+    data_sha256: str,
+    metrics: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the content of rora.json: where the adapter comes from."""
     return {
         "format": 1,
         "method": config.adapter.method,
-        "base_model": {"name": base.name, "fingerprint": fingerprint(base.folder)},
+        "base_model": {"name": base.name, "fingerprint": base_fingerprint},
         "training": {
             "config": config.model_dump(mode="json"),
             "data_sha256": data_sha256,

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters import AdapterArtifact, AdapterConfig, module_rank, module_scaling
+from adapters.config import ALL_LINEAR
 from adapters.errors import AdapterMismatchError, ConfigError
-from trainer.config import ALL_LINEAR
 from trainer.lora_linear import LoraLinear
 
 
@@ -55,16 +55,8 @@ def inject(
     """Freeze `model` and replace each of `modules` by a LoraLinear around it.
 
     Returns: the new layers by module path, in the model's order.
-    Raises: ConfigError: a rank above a module's smaller side.
     """
     sizes = {name: linear_sizes(module) for name, module in modules.items()}
-    for name, (in_features, out_features) in sizes.items():
-        if module_rank(config, name) > min(in_features, out_features):
-            raise ConfigError(
-                f"adapter.rank: {module_rank(config, name)} is above "
-                f"{min(in_features, out_features)}, the smaller side of {name} "
-                f"[{out_features}, {in_features}]; choose a lower rank"
-            )
     model.requires_grad_(requires_grad=False)
     layers = {}
     for name, module in modules.items():
@@ -78,6 +70,21 @@ def inject(
         )
         model.set_submodule(name, layers[name])
     return layers
+
+
+def check_ranks(modules: dict[str, nn.Module], config: AdapterConfig) -> None:
+    """Refuse to train more ranks than a module's weight has.
+
+    Raises: ConfigError: a rank above a module's smaller side.
+    """
+    for name, module in modules.items():
+        in_features, out_features = linear_sizes(module)
+        if module_rank(config, name) > min(in_features, out_features):
+            raise ConfigError(
+                f"adapter.rank: {module_rank(config, name)} is above "
+                f"{min(in_features, out_features)}, the smaller side of {name} "
+                f"[{out_features}, {in_features}]; choose a lower rank"
+            )
 
 
 def inject_artifact(model: PreTrainedModel, artifact: AdapterArtifact) -> dict[str, LoraLinear]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from adapters import AdapterConfig
+from adapters.base_model import fingerprint
 from adapters.errors import ConfigError, DataError, TrainingError
 from adapters.writer import write_provenance
 from trainer.batching import Batch, make_batch, plan_epoch
@@ -20,7 +22,7 @@ from trainer.config import TrainConfig
 from trainer.data import Chat, Sample, file_digest, read_chats, tokenize_chat
 from trainer.evaluate import Evaluation, evaluate
 from trainer.export import adapter_config, export, peft_targets, provenance
-from trainer.inject import adapters_off, inject, target_modules
+from trainer.inject import adapters_off, check_ranks, inject, target_modules
 from trainer.lora_linear import LoraLinear
 from trainer.loss import mean_loss
 from trainer.model import BaseModel
@@ -48,43 +50,68 @@ class TrainingData:
 
 
 def load_data(config: TrainConfig, base_tokenizer: Any) -> TrainingData:
-    """Read and tokenise the data that a run needs.
+    """Read and tokenise the data that a run needs, held-out chats included.
 
-    Raises: DataError: a wrong line, a chat that the template refuses, or no usable sample.
+    Raises: DataError: the mistakes of all files: wrong lines, chats that the template refuses, no
+        usable sample.
     """
-    path = config.data.train
-    samples, num_too_long = [], 0
-    for number, chat in enumerate(read_chats(path), start=1):
+    problems: list[str] = []
+
+    def read(path: Path, limit: int | None = None) -> list[tuple[Chat, Sample]]:
         try:
-            sample = tokenize_chat(chat.messages, base_tokenizer)
+            return _tokenise_file(path, base_tokenizer, limit=limit)
         except DataError as error:
-            raise DataError(f"{path}: chat {number}: {error}") from error
-        if not any(sample.has_loss):
-            raise DataError(f"{path}: chat {number}: no token carries loss; an answer is expected")
-        if len(sample) > config.train.max_sample_tokens:
-            num_too_long += 1
-            continue
-        samples.append(sample)
-    if not samples:
-        raise DataError(
-            f"{path}: all {num_too_long} chats are longer than train.max_sample_tokens = "
-            f"{config.train.max_sample_tokens}; raise it"
+            problems.append(str(error))
+            return []
+
+    found = read(config.data.train)
+    held_out = read(config.data.eval, config.data.eval_limit) if config.data.eval else []
+    longest = config.train.max_sample_tokens
+    samples = [sample for _, sample in found if len(sample) <= longest]
+    if found and not samples:
+        problems.append(
+            f"{config.data.train}: all {len(found)} chats are longer than "
+            f"train.max_sample_tokens = {longest}; raise it"
         )
-    eval_chats = (
-        read_chats(config.data.eval, limit=config.data.eval_limit) if config.data.eval else []
+    if problems:
+        raise DataError("; ".join(problems))
+    return TrainingData(
+        tuple(samples), len(found) - len(samples), tuple(chat for chat, _ in held_out)
     )
-    return TrainingData(tuple(samples), num_too_long, tuple(eval_chats))
+
+
+def _tokenise_file(path: Path, tokenizer: Any, *, limit: int | None) -> list[tuple[Chat, Sample]]:
+    found, problems = [], []
+    for number, chat in enumerate(read_chats(path, limit=limit), start=1):
+        try:
+            sample = tokenize_chat(chat.messages, tokenizer)
+        except DataError as error:
+            problems.append(f"chat {number}: {error}")
+            continue
+        if not any(sample.has_loss):
+            problems.append(f"chat {number}: no token carries loss; an answer is expected")
+        found.append((chat, sample))
+    if problems:
+        more = f"; and {len(problems) - 5} more chats" if len(problems) > 5 else ""
+        raise DataError(f"{path}: {'; '.join(problems[:5])}{more}")
+    return found
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output folder that already holds something, before any time is spent.
+    """Refuse an output folder that can not be used, before any time is spent.
 
-    Raises: ConfigError: it is a file, or a folder that is not empty.
+    Raises: ConfigError: it holds something already, or something above it is no folder.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.is_dir() and any(output.iterdir()):
         raise ConfigError(
             f"output: {output} holds something already, a new or empty folder is expected; "
             "choose another or remove it"
+        )
+    standing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise ConfigError(
+            f"output: {output} can not be made, {standing} is no folder that can be written; "
+            "choose another"
         )
 
 
@@ -96,15 +123,17 @@ def train(config: TrainConfig, base: BaseModel) -> Path:
     Raises: TrainingError: a loss or a weight is not finite, or the adapter would do nothing.
     """
     check_output(config.output)
+    config.output.mkdir(parents=True, exist_ok=True)
     data = load_data(config, base.tokenizer)
     layers, description = _prepare(config, base)
-    config.output.mkdir(parents=True, exist_ok=True)
+    base_fingerprint = fingerprint(base.folder)
     (config.output / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
     _say_what_runs(config, base, data, layers)
     with (config.output / LOG_FILE).open("x", encoding="utf-8") as log:
         origin = provenance(
             config,
             base,
+            base_fingerprint=base_fingerprint,
             data_sha256=file_digest(config.data.train),
             metrics=_run_steps(config, base, data, layers, log),
         )
@@ -124,6 +153,7 @@ def _prepare(config: TrainConfig, base: BaseModel) -> tuple[dict[str, LoraLinear
     torch.use_deterministic_algorithms(mode=True, warn_only=base.model.device.type != "cpu")
     modules = target_modules(base.model, config.adapter.target_modules)
     description = adapter_config(config, base.name, peft_targets(base, list(modules)))
+    check_ranks(modules, description)
     layers = inject(
         base.model,
         modules,

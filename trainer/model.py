@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -66,7 +68,7 @@ def load_base(
         dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise BaseModelError(
             f"{folder}: no decoder model that transformers can load ({_first_line(error)})"
         ) from error
@@ -74,6 +76,23 @@ def load_base(
     # transformers wraps nn.Module.to in a decorator that hides its types.
     placed: PreTrainedModel = nn.Module.to(model, "cuda" if on_gpu else "cpu")
     return BaseModel(name, folder, placed, tokenizer)
+
+
+def empty_model(folder: Path) -> PreTrainedModel:
+    """Return a decoder model of the folder's shapes without weights, to check settings against.
+
+    Raises: BaseModelError: transformers can not make one.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder)
+            )
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{folder}: no decoder model that transformers can load ({_first_line(error)})"
+        ) from error
+    return model
 
 
 def _first_line(error: Exception) -> str:

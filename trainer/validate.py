@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from adapters.base_model import model_name
 from adapters.errors import ConfigError, RoraError
@@ -12,9 +11,9 @@ from trainer.batching import plan_epoch
 from trainer.config import TrainConfig
 from trainer.data import Sample
 from trainer.export import adapter_config
-from trainer.inject import inject, target_modules
+from trainer.inject import check_ranks, target_modules
 from trainer.loop import check_output, load_data
-from trainer.model import load_tokenizer
+from trainer.model import empty_model, load_tokenizer
 
 # Brackets that no data is likely to hold.
 _LOSS_BEGINS, _LOSS_ENDS = "⟦", "⟧"
@@ -76,9 +75,6 @@ def show_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _check_adapter(config: TrainConfig, model_folder: Path) -> None:
-    """Put the adapter into a model without weights, so that the real code checks it."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
-    modules = target_modules(model, config.adapter.target_modules)
-    description = adapter_config(config, model_name(config.model), sorted(modules))
-    inject(model, modules, description, dropout=0.0, generator=torch.Generator())
+    """Check targets and ranks on a model without weights."""
+    modules = target_modules(empty_model(model_folder), config.adapter.target_modules)
+    check_ranks(modules, adapter_config(config, model_name(config.model), sorted(modules)))

@@ -41,8 +41,15 @@ def to_response(error: RoraError, model: str) -> ErrorResponse:
     """Return what a client is told about an error while its `model` was opened."""
     for kind, (status, code) in _STATUS.items():
         if isinstance(error, kind):
-            message = f"The model {model!r} does not exist." if status == 404 else str(error)
+            # The name is the client's own and may be of any length.
+            missing = f"The model {model[:100]!r} does not exist."
+            message = missing if status == 404 else str(error)
             return ErrorResponse(status, message, code, param="model")
+    return internal_error()
+
+
+def internal_error() -> ErrorResponse:
+    """Return the answer when the fault is the server's own; its log says why."""
     return ErrorResponse(
         500, "The server could not open this model.", "internal_error", "server_error"
     )

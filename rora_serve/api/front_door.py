@@ -11,7 +11,13 @@ from contextvars import ContextVar
 from typing import Any
 
 from adapters.errors import RoraError
-from rora_serve.api.errors import ErrorResponse, body_too_large, route_not_found, to_response
+from rora_serve.api.errors import (
+    ErrorResponse,
+    body_too_large,
+    internal_error,
+    route_not_found,
+    to_response,
+)
 from rora_serve.models import ModelDirectory, ServedAdapter
 
 Scope = MutableMapping[str, Any]
@@ -67,11 +73,10 @@ class FrontDoor:
         method, path = scope["method"], scope["path"]
         if method == "POST" and path in MODEL_ROUTES:
             await self._serve_model(scope, receive, send)
-        elif (
-            method in ("GET", "HEAD")
-            and (path in PLAIN_ROUTES or path.startswith(MODEL_ROUTE_PREFIX))
-        ) or method == "OPTIONS":
+        elif method in ("GET", "HEAD") and _is_plain(path):
             await self._app(scope, receive, send)
+        elif method == "OPTIONS" and (path in MODEL_ROUTES or _is_plain(path)):
+            await self._app(scope, receive, send)  # a browser's question; vLLM's CORS answers
         else:
             await _respond(send, route_not_found(method, path))
 
@@ -90,6 +95,10 @@ class FrontDoor:
                 logger.info("%s %s: %s", scope["method"], scope["path"], error)
                 await _respond(send, to_response(error, model))
                 return
+            except Exception:
+                logger.exception("%s %s: opening %.100r", scope["method"], scope["path"], model)
+                await _respond(send, internal_error())
+                return
         # Each request is its own task or comes after the last one of its connection; reset for the
         # latter.
         token = current_adapter.set(adapter)
@@ -97,6 +106,10 @@ class FrontDoor:
             await self._app(scope, _replay(body, receive), _with_adapter_header(send, adapter))
         finally:
             current_adapter.reset(token)
+
+
+def _is_plain(path: str) -> bool:
+    return path in PLAIN_ROUTES or path.startswith(MODEL_ROUTE_PREFIX)
 
 
 async def _read_body(receive: Receive) -> bytes | None:

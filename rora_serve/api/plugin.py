@@ -55,6 +55,8 @@ def install(app: "FastAPI", directory: ModelDirectory) -> None:
 
     serving_models.lora_requests = RequestAdapters()
     serving_models.model_name = model_name
-    routes = make_router(directory, started=int(time.time())).routes
+    routes = make_router(
+        directory, started=int(time.time()), is_alive=lambda: not app.state.engine_client.errored
+    ).routes
     app.router.routes[:0] = routes  # before vLLM's own /v1/models
     setattr(app.state, DIRECTORY_STATE, directory)

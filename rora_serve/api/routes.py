@@ -1,25 +1,33 @@
 """Our own HTTP routes: the list of models, and readiness."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from adapters import NameRecord
-from adapters.errors import AdapterNotFoundError
+from adapters.errors import RoraError
 from rora_serve.api.errors import to_response
 from rora_serve.models import ModelDirectory
 
 
-def make_router(directory: ModelDirectory, *, started: int) -> APIRouter:
-    """Return the routes; `started` is the server's start in seconds since the epoch."""
+def make_router(
+    directory: ModelDirectory, *, started: int, is_alive: Callable[[], bool]
+) -> APIRouter:
+    """Return the routes.
+
+    Args:
+        started: the server's start in seconds since the epoch.
+        is_alive: whether the engine still runs.
+    """
     router = APIRouter()
 
     @router.get("/ready")
     async def ready() -> Response:
-        """Able to answer: the engine runs and its adapter layers are in place."""
-        return Response()
+        """200 while the engine runs, with its adapter layers in place; 503 after it died."""
+        return Response(status_code=200 if is_alive() else 503)
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -36,7 +44,7 @@ def make_router(directory: ModelDirectory, *, started: int) -> APIRouter:
             return JSONResponse(_base_card(model, started))
         try:
             resolved = await asyncio.to_thread(directory.store.resolve, model)
-        except AdapterNotFoundError as error:
+        except RoraError as error:
             answer = to_response(error, model)
             return Response(answer.body, answer.status, media_type="application/json")
         record = NameRecord(model, (resolved.version,), {"latest": resolved.version.digest})
@@ -58,4 +66,5 @@ def _adapter_card(record: NameRecord, base_name: str) -> dict[str, Any]:
         "owned_by": "rora-serve",
         "parent": base_name,
         "version": f"sha256:{latest.digest}",
+        "rank": {"min": latest.min_rank, "max": latest.max_rank},
     }

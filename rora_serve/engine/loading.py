@@ -11,10 +11,8 @@ from torch import Tensor
 from adapters import LoraModule, open_artifact
 from adapters.artifact import Array
 from adapters.errors import AdapterMismatchError
+from rora_serve.config import MAX_LORA_RANK
 from rora_serve.engine.ragged_layers import Factors
-
-# vLLM checks adapters against this limit, the highest of its list; we refuse more in words.
-MAX_LORA_RANK = 512
 
 
 @dataclass(frozen=True)

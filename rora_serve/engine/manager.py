@@ -33,6 +33,7 @@ class RaggedLoraManager:
         self._layers: dict[str, RaggedLayer] = {}
         self._targets: dict[str, Target] = {}
         self._num_bytes: dict[int, int] = {}
+        self._warming_up: set[int] = set()
         for name, layer in model.named_modules():
             if not isinstance(layer, LinearBase):
                 continue
@@ -70,16 +71,16 @@ class RaggedLoraManager:
 
         Args: mapping: vLLM's LoRAMapping; its index_mapping is the adapter of each row.
         """
-        missing = sorted(r.lora_name for r in requests if r.lora_int_id not in self._num_bytes)
+        usable = self._num_bytes.keys() | self._warming_up
+        missing = sorted(r.lora_name for r in requests if r.lora_int_id not in usable)
         if missing:
-            # The front door loads before it lets a request in; the engine loop never touches disk.
+            # The front door loads an adapter before it lets its first request in.
             raise EngineSeamError(f"a step asks for adapters that are not loaded: {missing}")
         self._batch.set_rows(mapping.index_mapping)
 
     def add_adapter(self, request: LoRARequest) -> bool:
-        """Load what vLLM's own route names; ours is `load`."""
-        self.load(request.lora_int_id, Path(request.lora_path))
-        return True
+        """Refuse vLLM's own way of loading, whose ids are not ours."""
+        raise EngineSeamError(f"adapter {request.lora_name}: only rora-serve loads adapters here")
 
     def remove_adapter(self, lora_int_id: int) -> bool:
         """Drop an adapter and free its memory."""
@@ -103,11 +104,14 @@ class RaggedLoraManager:
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
         """Surround the warm-up, in which vLLM adds dummy adapters."""
-        yield
+        try:
+            yield
+        finally:
+            self._warming_up.clear()
 
     def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:  # noqa: ARG002
         """Take a warm-up adapter without weights: our layers need no warm-up."""
-        self._num_bytes.setdefault(request.lora_int_id, 0)
+        self._warming_up.add(request.lora_int_id)
         return True
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:

@@ -54,7 +54,8 @@ class RaggedLayer:
         layer.register_forward_hook(self._add_deltas)
 
     def _add_deltas(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not self._batch.groups:
+        # Layers that no adapter touches may see other rows, as those of an image encoder do.
+        if not self._batch.groups or not self.slots:
             return
         y = output[0] if isinstance(output, tuple) else output  # some layers return (output, bias)
         add_deltas(inputs[0], y, self._batch, self.slots, layer_name=self.name)

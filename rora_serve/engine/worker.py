@@ -1,5 +1,6 @@
 """RaggedCpuWorker: vLLM's CPU worker with our LoRA manager, and what the server asks it by RPC."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from adapters.errors import RoraError
 from rora_serve.engine.compat import check_vllm_version, replace_lora_manager
 from rora_serve.engine.manager import RaggedLoraManager
+
+logger = logging.getLogger(__name__)
 
 
 class RaggedCpuWorker(CPUWorker):
@@ -36,5 +39,8 @@ class RaggedCpuWorker(CPUWorker):
         assert self._ragged is not None
         try:
             return {"num_bytes": self._ragged.load(lora_int_id, Path(folder))}
-        except (RoraError, OSError) as error:
+        except RoraError as error:
             return {"error": str(error)}
+        except Exception:  # an adapter is somebody else's file; it fails its own requests only
+            logger.exception("adapter in %s could not be loaded", folder)
+            return {"error": "the adapter can not be read; the server's log says why"}

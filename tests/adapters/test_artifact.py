@@ -79,6 +79,26 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
             "is I32, one of F32, F16, BF16",
         ),
         (lambda t: t.clear(), ArtifactError, "holds no tensor"),
+        (
+            lambda t: t.update(
+                {
+                    "base_model.model.m.q.lora_embedding_A": np.ones((2, 5), "f4"),
+                    "base_model.model.m.q.lora_embedding_B": np.ones((7, 2), "f4"),
+                }
+            ),
+            ArtifactError,
+            "'m.q' has factors of a linear layer and of an embedding",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    "base_model.model.m.o.lora_A.weight": np.ones((2, 5), "f4"),
+                    "base_model.model.m.o.lora_B.weight": np.ones((7, 2), "f4"),
+                }
+            ),
+            ArtifactError,
+            "'m.o' is not in target_modules, so that PEFT would leave it out",
+        ),
     ],
 )
 def test_tensors_that_break_a_rule_are_refused(
@@ -109,7 +129,8 @@ def test_a_file_cut_short_after_its_header_was_read_is_noticed(tmp_path: Path) -
 def test_embeddings_are_read_in_pefts_layout(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG.to_peft()))
+    keys = {**CONFIG.to_peft(), "target_modules": ["embed"]}
+    (folder / "adapter_config.json").write_text(json.dumps(keys))
     tensors = {
         "base_model.model.m.embed.lora_embedding_A": np.ones((2, 9), "f4"),
         "base_model.model.m.embed.lora_embedding_B": np.ones((5, 2), "f4"),

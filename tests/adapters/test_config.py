@@ -26,8 +26,13 @@ MINIMAL = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
         ("lora_alpha", float("nan"), "lora_alpha is nan, a number above 0"),
         ("lora_alpha", float("inf"), "lora_alpha is inf, a number above 0"),
         ("use_rslora", "yes", "use_rslora is 'yes', true or false"),
-        ("rank_pattern", {"q_proj": 1.5}, "rank_pattern is .* integers of at least 1"),
+        ("rank_pattern", {"q_proj": 1.5}, "rank_pattern is .* an object of integers above 0"),
         ("target_modules", [1], "target_modules is"),
+        ("target_modules", "q_proj)", r"target_modules: 'q_proj\)' is no regular expression"),
+        ("rank_pattern", {"(": 2}, r"rank_pattern: '\(' is no regular expression"),
+        ("alpha_pattern", {"a" * 1001: 2}, "a pattern of 1001 characters, at most 1000"),
+        ("layers_to_transform", [0], "a choice of modules by layer is not served"),
+        ("exclude_modules", ["q_proj"], "a choice of modules by exclusion is not served"),
     ],
 )
 def test_what_is_not_applied_is_refused(key: str, value: object, message: str) -> None:
@@ -80,6 +85,8 @@ def test_what_we_write_is_what_peft_reads(tmp_path: Path) -> None:
         (b"\xff", "not readable as JSON"),
         (b"[]", "holds a list, a JSON object is expected"),
         (b'{"r": 8, "r": 16}', "key 'r' stands twice"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "not readable as JSON"),
+        (b'{"target_modules": ["\\ud800"]}', "not readable as JSON"),
     ],
 )
 def test_a_file_that_is_no_object_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

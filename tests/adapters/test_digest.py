@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from adapters import open_artifact, version_digest, weights_digest
+from adapters import (
+    AdapterConfig,
+    module_scaling,
+    open_artifact,
+    version_digest,
+    weights_digest,
+    write_artifact,
+)
 from adapters.errors import ArtifactError
 
 
@@ -61,7 +68,42 @@ def test_template_and_probe_make_versions_of_the_same_weights(adapter: Path) -> 
     assert digest_of(adapter) == weights
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"{", "not readable"), (b"[]", "holds a list")])
+def test_which_of_two_matching_patterns_comes_first_changes_the_digest(adapter: Path) -> None:
+    """The first one counts, for PEFT and for us; so two orders are two adapters."""
+    found = set()
+    for keys in (("q_proj", "0.self_attn.q_proj"), ("0.self_attn.q_proj", "q_proj")):
+        edit_config(adapter, alpha_pattern={key: 1.0 + len(key) for key in keys})
+        module = open_artifact(adapter).modules["model.layers.0.self_attn.q_proj"]
+        found.add((digest_of(adapter), module.scaling))
+    assert len({digest for digest, _ in found}) == len({scaling for _, scaling in found}) == 2
+
+
+def test_patterns_that_mean_the_same_have_the_same_digest(adapter: Path) -> None:
+    edit_config(adapter, alpha_pattern={"q_proj": 3, "v_proj": 4})
+    before = digest_of(adapter)
+    edit_config(adapter, alpha_pattern={r"self_attn\.v_proj": 4.0, "[q]_proj": 3.0})
+    assert digest_of(adapter) == before
+
+
+def test_the_order_of_patterns_survives_writing(tmp_path: Path) -> None:
+    patterns = {"q": 1.0, "a.q": 64.0}
+    config = AdapterConfig(2, 4, alpha_pattern=patterns, target_modules=("q",))
+    factors = {"a.q": (np.ones((2, 3), np.float32), np.ones((4, 2), np.float32))}
+    write_artifact(tmp_path / "a", config, factors, provenance={})
+    read = open_artifact(tmp_path / "a")
+    assert list(read.config.alpha_pattern) == list(patterns)
+    assert read.modules["a.q"].scaling == module_scaling(config, "a.q") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not readable"),
+        (b"[]", "holds a list"),
+        (b'{"probe": NaN}', "probe is not plain JSON"),
+        (b'{"probe": "\\ud800"}', "probe is not plain JSON"),
+    ],
+)
 def test_a_broken_provenance_is_refused(adapter: Path, content: bytes, message: str) -> None:
     (adapter / "rora.json").write_bytes(content)
     with pytest.raises(ArtifactError, match=message):

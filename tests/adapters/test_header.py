@@ -20,7 +20,9 @@ def write(tmp_path: Path, header: object, data: bytes = b"") -> Path:
     return path
 
 
-def entry(shape: object = (1,), offsets: object = (0, 4), dtype: str = "F32") -> dict[str, object]:
+def entry(
+    shape: object = (1,), offsets: object = (0, 4), dtype: object = "F32"
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
@@ -50,11 +52,14 @@ def test_header_longer_than_the_file_is_refused_unread(tmp_path: Path, claimed: 
         (b"\xff\xff", b"", "not UTF-8 JSON"),
         (b"[" * 50_000, b"", "not UTF-8 JSON"),
         ([], b"", "header is a list"),
+        (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"]}}", b"", "not UTF-8 JSON"),
+        ({"a": entry(dtype=["F32"])}, b"1234", "is unknown"),
+        ({"a": entry(shape=[1] * 9)}, b"1234", "at most 8 sizes"),
         ({"a": {}}, b"", "dtype, shape and data_offsets are expected"),
         ({"a": entry(dtype="F4")}, b"1234", "dtype 'F4' is unknown"),
         ({"a": entry(shape=[-1])}, b"1234", r"shape \[-1\]"),
         ({"a": entry(shape=[True])}, b"1234", r"shape \[True\]"),
-        ({"a": entry(shape="1")}, b"1234", "shape '1'"),
+        ({"a": entry(shape="1")}, b"1234", "shape 1, at most 8 sizes"),
         ({"a": entry(offsets=[0, 4, 8])}, b"1234", "data_offsets"),
         ({"a": entry(offsets=[4, 0])}, b"1234", "-4 bytes for F32"),
         ({"a": entry(shape=[2**40, 2**40])}, b"1234", "4 bytes for F32"),

@@ -1,11 +1,12 @@
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import adapters.store
 from adapters import AdapterStore, open_artifact
 from adapters.errors import AdapterNameError, AdapterNotFoundError, ArtifactError, StoreError
 
@@ -92,23 +93,76 @@ def test_a_broken_adapter_leaves_the_store_as_it_was(store: AdapterStore, adapte
     assert sorted(store.root.rglob("*")) == before
 
 
-@pytest.mark.parametrize("step", ["new_folder", "write_synced", "version_digest", "replace_file"])
-def test_a_crash_at_any_step_leaves_the_old_state(
-    store: AdapterStore, adapter: Path, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+CRASH = """
+import os, sys
+from pathlib import Path
+import adapters.store, adapters.writer
+module, name = sys.argv[1].rsplit(".", 1)
+target = {"adapters.store": adapters.store, "os": os}[module]
+calls = int(sys.argv[2])
+real = getattr(target, name)
+def crash(*arguments, **keywords):
+    global calls
+    calls -= 1
+    if calls < 0:
+        os._exit(9)
+    return real(*arguments, **keywords)
+setattr(target, name, crash)
+adapters.store.AdapterStore(Path(sys.argv[3])).add(Path(sys.argv[4]), name="a")
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "calls"),
+    [
+        ("adapters.store.write_synced", 0),
+        ("adapters.store.write_synced", 2),
+        ("adapters.store.sync_folder", 0),
+        ("adapters.store.version_digest", 0),
+        ("adapters.store.sync_folder", 1),
+        ("adapters.store.replace_file", 0),
+        ("os.fsync", 7),
+    ],
+)
+def test_a_process_killed_at_any_step_leaves_the_old_state_or_the_new(
+    store: AdapterStore, adapter: Path, tmp_path: Path, step: str, calls: int
 ) -> None:
-    """What a killed process leaves behind is what an exception that nothing catches leaves."""
+    """It ends between two system calls, cleans nothing up and lets go of the lock."""
     before = store.add(adapter, name="a")
+    changed = another_version(adapter, tmp_path)
+    arguments = [sys.executable, "-c", CRASH, step, str(calls), str(store.root), str(changed)]
+    assert subprocess.run(arguments, check=False).returncode == 9
+    found = store.resolve("a")
+    # Killed after the last rename, before the disk has it: the new state, whole.
+    assert found == before or step == "os.fsync"
+    open_artifact(found.folder)
+    after = store.add(changed, name="a")
+    assert store.resolve("a").version.digest == after.version.digest
+    assert open_artifact(after.folder).num_bytes == before.version.num_bytes
+    leftovers = [path.name for path in (store.root / "objects").iterdir()]
+    assert sorted(leftovers) == sorted({before.version.digest, after.version.digest})
 
-    def crash(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(adapters.store, step, crash)
-        with pytest.raises(KeyboardInterrupt):
-            store.add(another_version(adapter, tmp_path), name="a")
-    assert store.resolve("a") == before
-    after = store.add(another_version(adapter, tmp_path, "y"), name="a")
-    assert store.resolve("a") == after
+def test_a_damaged_object_is_replaced_when_it_is_added_again(
+    store: AdapterStore, adapter: Path
+) -> None:
+    added = store.add(adapter, name="a")
+    weights = added.folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-4] + b"oops")
+    assert store.add(adapter, name="a").version.digest == added.version.digest
+    assert weights.read_bytes() == whole
+
+
+def test_an_alias_without_a_version_is_a_broken_record(store: AdapterStore, adapter: Path) -> None:
+    store.add(adapter, name="a")
+    path = store.root / "names" / "a.json"
+    record = json.loads(path.read_text())
+    record["aliases"]["stable"] = "0" * 64
+    path.write_text(json.dumps(record))
+    with pytest.raises(StoreError, match="an alias means '0000"):
+        store.resolve("a")
+    assert store.names() == []
 
 
 def add_many(root: Path, folders: list[Path]) -> None:

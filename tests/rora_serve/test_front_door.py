@@ -1,8 +1,10 @@
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
@@ -11,7 +13,7 @@ from fastapi.testclient import TestClient
 from adapters import AdapterStore
 from rora_serve.api.front_door import DIRECTORY_STATE, MAX_BODY_BYTES, FrontDoor, current_adapter
 from rora_serve.api.routes import make_router
-from rora_serve.models import ModelDirectory
+from rora_serve.models import ModelDirectory, ServedBase
 
 
 @pytest.fixture
@@ -35,6 +37,7 @@ def client(store: AdapterStore) -> Iterator[TestClient]:
     async def stream() -> StreamingResponse:
         async def chunks() -> Any:
             for _ in range(2):
+                await asyncio.sleep(0.001)
                 adapter = current_adapter.get()
                 yield adapter.requested if adapter else "base"
 
@@ -46,14 +49,18 @@ def client(store: AdapterStore) -> Iterator[TestClient]:
     app.add_api_route("/health", see, methods=["GET"])
 
     async def load(lora_int_id: int, folder: str) -> dict[str, object]:
+        if refuse == ["crash"]:
+            raise RuntimeError("lost the engine")
         return {"error": "no such layer"} if refuse else {"num_bytes": lora_int_id * len(folder)}
 
-    refuse: list[bool] = []
-    directory = ModelDirectory(["base"], store, load)
-    app.router.routes[:0] = make_router(directory, started=7).routes
+    refuse: list[str] = []
+    dead: list[bool] = []
+    directory = ModelDirectory(ServedBase(("base",), "", None), store, load)
+    router = make_router(directory, started=7, is_alive=lambda: not dead)
+    app.router.routes[:0] = router.routes
     app.add_middleware(FrontDoor)
     setattr(app.state, DIRECTORY_STATE, directory)
-    app.state.refuse = refuse
+    app.state.refuse, app.state.dead = refuse, dead
     with TestClient(app) as client:
         yield client
 
@@ -99,7 +106,7 @@ def test_an_unknown_model_is_404_in_openais_words(client: TestClient, model: str
 
 
 def test_an_adapter_that_the_engine_refuses_is_422_with_the_reason(client: TestClient) -> None:
-    client.app.state.refuse.append(True)  # type: ignore[attr-defined]
+    client.app.state.refuse.append("misfit")  # type: ignore[attr-defined]
     answer = ask(client, {"model": "bad"})
     assert answer.status_code == 422
     assert answer.json()["error"]["code"] == "adapter_not_servable"
@@ -150,4 +157,44 @@ def test_models_are_listed_with_their_base_and_version(
     missing = client.get("/v1/models/nobody")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
+    assert cards["good"]["rank"] == {"min": 4, "max": 4}
+
+
+def test_a_server_whose_engine_died_is_not_ready(client: TestClient) -> None:
     assert client.get("/ready").status_code == 200
+    client.app.state.dead.append(True)  # type: ignore[attr-defined]
+    assert client.get("/ready").status_code == 503
+
+
+def test_a_fault_of_the_server_is_500_without_its_details(client: TestClient) -> None:
+    client.app.state.refuse.append("crash")  # type: ignore[attr-defined]
+    answer = ask(client, {"model": "good"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "lost" not in answer.text
+
+
+def test_a_broken_record_is_left_out_of_the_list_and_is_a_500_by_name(
+    client: TestClient, store: AdapterStore
+) -> None:
+    (store.root / "names" / "good.json").write_text("{")
+    listed = [card["id"] for card in client.get("/v1/models").json()["data"]]
+    assert listed == ["base", "bad"]
+    for answer in (client.get("/v1/models/good"), ask(client, {"model": "good"})):
+        assert answer.status_code == 500
+        assert str(store.root) not in answer.text
+
+
+def test_interleaved_requests_keep_their_own_adapters(client: TestClient) -> None:
+    """Each request's context is its own, whatever runs between its steps."""
+    names = ["good", "base", "bad"] * 6
+
+    async def ask_all() -> list[str]:
+        transport = httpx.ASGITransport(app=client.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as both:
+            answers = await asyncio.gather(
+                *(both.post("/v1/completions", json={"model": name}) for name in names)
+            )
+        return [answer.text for answer in answers]
+
+    assert asyncio.run(ask_all()) == [name * 2 for name in names]

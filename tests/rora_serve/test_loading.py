@@ -27,7 +27,9 @@ def make(folder: Path, factors: dict[str, tuple[int, int, int]], dtype: object =
         for name, (rank, columns, rows) in factors.items()
     }
     pattern = {name: rank for name, (rank, _, _) in factors.items()}
-    config = AdapterConfig(1, 4, use_rslora=True, rank_pattern=pattern, target_modules=("x",))
+    config = AdapterConfig(
+        1, 4, use_rslora=True, rank_pattern=pattern, target_modules=tuple(factors)
+    )
     write_artifact(folder, config, arrays, provenance={})
     return folder
 

@@ -1,4 +1,5 @@
 import asyncio
+import json
 import shutil
 from pathlib import Path
 
@@ -6,9 +7,10 @@ import pytest
 
 from adapters import AdapterStore
 from adapters.errors import AdapterMismatchError, AdapterNameError, AdapterNotFoundError
-from rora_serve.models import ModelDirectory
+from rora_serve.models import ModelDirectory, ServedBase, check_names
 
 BASE = "base"
+SERVED = ServedBase((BASE,), "f" * 64, "{{ base template }}")
 
 
 class Engine:
@@ -41,7 +43,7 @@ def store(tmp_path: Path, adapter: Path) -> AdapterStore:
 
 @pytest.fixture
 def directory(store: AdapterStore, engine: Engine) -> ModelDirectory:
-    return ModelDirectory([BASE], store, engine.load)
+    return ModelDirectory(SERVED, store, engine.load)
 
 
 def test_the_base_is_no_adapter_and_an_unknown_name_is_not_found(
@@ -128,8 +130,55 @@ def test_a_client_that_leaves_does_not_cancel_the_load_of_others(
 
 
 def test_an_adapter_named_like_the_base_is_refused_at_start(
-    store: AdapterStore, adapter: Path, engine: Engine
+    store: AdapterStore, adapter: Path
 ) -> None:
+    check_names([BASE], store)
     store.add(adapter, name=BASE)
     with pytest.raises(AdapterNameError, match="named 'base' like the base model"):
-        ModelDirectory([BASE], store, engine.load)
+        check_names([BASE], store)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("chat_template.jinja", "{{ another }}", "a chat template of its own"),
+        ("chat_template.jinja", "{{ base template }}\n", None),
+        ("rora.json", {"base_model": {"name": "other", "fingerprint": "0"}}, "trained on 'other'"),
+        # Another dtype of the same base has other bytes and is allowed by name.
+        ("rora.json", {"base_model": {"name": BASE, "fingerprint": "0"}}, None),
+        ("rora.json", {"base_model": {"name": "x", "fingerprint": "f" * 64}}, None),
+        ("rora.json", {"base_model": "x"}, None),
+        ("rora.json", {}, None),
+    ],
+)
+def test_an_adapter_for_something_else_is_refused(
+    engine: Engine,
+    adapter: Path,
+    tmp_path: Path,
+    file: str,
+    content: object,
+    reason: str | None,
+) -> None:
+    text = content if isinstance(content, str) else json.dumps({"format": 1, **content})  # type: ignore[dict-item]
+    (adapter / file).write_text(text)
+    # In a store of its own: what rora.json says is not part of a version's digest.
+    store = AdapterStore(tmp_path / "other")
+    store.add(adapter, name="b")
+    directory = ModelDirectory(SERVED, store, engine.load)
+    if reason is None:
+        assert asyncio.run(directory.open("b")) is not None
+        return
+    with pytest.raises(AdapterMismatchError, match=reason):
+        asyncio.run(directory.open("b"))
+    assert engine.loaded == []
+
+
+def test_the_store_never_shows_its_place_to_clients(
+    directory: ModelDirectory, engine: Engine, store: AdapterStore
+) -> None:
+    folder = store.resolve("a").folder
+    for text in (f"{folder}: no file", f"{folder}/adapter_model.safetensors: cut"):
+        engine.answers = [{"error": text}]
+        with pytest.raises(AdapterMismatchError) as caught:
+            asyncio.run(directory.open("a"))
+        assert str(store.root) not in str(caught.value)

@@ -96,6 +96,15 @@ def test_the_hook_adds_to_what_the_layer_returns(returns_bias: bool) -> None:
     np.testing.assert_allclose(found.double(), expected, atol=ATOL["float32"])
 
 
+def test_a_layer_that_no_adapter_touches_never_looks_at_its_rows() -> None:
+    """An image encoder's layers see other rows than the step has."""
+    layer, batch = nn.Linear(IN, OUT), RaggedBatch()
+    RaggedLayer("visual", layer, batch)
+    batch.set_rows([1, 1, 0])
+    x = torch.randn(9, 1, IN)
+    assert layer(x).shape == (9, 1, OUT)
+
+
 def test_rows_that_can_not_be_told_apart_are_refused() -> None:
     batch = RaggedBatch()
     batch.set_rows([1, 1, 0])

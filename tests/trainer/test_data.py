@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from adapters.errors import DataError
@@ -54,6 +55,33 @@ def test_the_prompt_is_token_for_token_what_a_server_sends(
     assert list(sample.token_ids[: len(prompt)]) == prompt
     assert not any(sample.has_loss[: len(prompt)])
     assert sample.has_loss[len(prompt)]
+
+
+def test_a_later_prompt_is_what_a_server_sends_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    sample = tokenize_chat(TURNS, tokenizer)
+    encoded: Any = tokenizer.apply_chat_template(TURNS[:4], add_generation_prompt=True)
+    prompt = encoded["input_ids"]
+    assert list(sample.token_ids[: len(prompt)]) == prompt
+    assert sample.has_loss[len(prompt)]
+    assert not sample.has_loss[len(prompt) - 1]
+
+
+def test_words_after_a_prompt_are_tokenised_as_part_of_the_whole(default_model: Path) -> None:
+    """Tokenizers of Llama 2's kind mark the beginning of a text, which an answer is not."""
+    tokenizer: Any = load_tokenizer(default_model)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>"
+        "{% else %}[INST]{{ m['content'] }}[/INST]{% endif %}{% endfor %}"
+    )
+    sample = tokenize_chat(TURNS[1:3], tokenizer)
+    joint = tokenizer(render(TURNS[1:3], tokenizer), add_special_tokens=False)["input_ids"]
+    assert list(sample.token_ids) == joint
+    answer = render(TURNS[1:3], tokenizer).split("[/INST]")[1]
+    pieces = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert pieces != joint[-len(pieces) :], "the control: alone, the answer reads otherwise"
 
 
 def test_all_turns_together_read_as_the_template_writes_them(
@@ -114,6 +142,15 @@ def test_lines_are_read_with_choices_references_and_limit(tmp_path: Path) -> Non
         ('{"messages": [{"role": "user", "content": 1}]}', '"content" expected'),
         (json.dumps(chat("q", "b", choices=["a", "b"], answer=0)), "answer 0: an index into the 2"),
         (json.dumps(chat("q", "b", choices=["a", "b"], answer=9)), "answer 9: an index into the 2"),
+        (json.dumps(chat("q", "b", choices=["a", "b"], answer=True)), "answer True: an index"),
+        (
+            json.dumps(chat("q", "b", choices="ab", answer=0)),
+            "\"choices\" is 'ab', a list of texts",
+        ),
+        (json.dumps(chat("q", "b", choices=[1], answer=0)), r"\"choices\" is \[1\], a list of"),
+        (json.dumps(chat("q", "b", references=["a", 1])), '"references" is'),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "not JSON"),
+        ("9" * 5000, "not JSON"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:

@@ -2,13 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from adapters import AdapterConfig, open_artifact
 from adapters.errors import AdapterMismatchError, BaseModelError, ConfigError
 from tests.workloads import make_random_adapter
 from trainer.export import peft_targets
-from trainer.inject import inject, inject_artifact, linear_sizes, target_modules
+from trainer.inject import check_ranks, inject_artifact, linear_sizes, target_modules
 from trainer.model import BaseModel, load_base, load_tokenizer
 
 
@@ -42,7 +41,19 @@ def test_a_target_that_names_nothing_is_refused(base: BaseModel) -> None:
 def test_a_rank_above_a_modules_smaller_side_is_refused(base: BaseModel) -> None:
     modules = target_modules(base.model, ("all-linear",))
     with pytest.raises(ConfigError, match=r"25 is above 24, the smaller side of .*k_proj \[24, 48"):
-        inject(base.model, modules, AdapterConfig(25, 1), dropout=0, generator=torch.Generator())
+        check_ranks(modules, AdapterConfig(25, 1))
+    check_ranks(modules, AdapterConfig(24, 1))
+
+
+def test_an_adapter_of_more_ranks_than_its_module_can_still_be_evaluated(
+    tmp_path: Path, base: BaseModel, tiny_model: Path
+) -> None:
+    """PEFT makes such adapters, and the server takes them."""
+    config = AdapterConfig(30, 8, target_modules=("k_proj",))
+    folder = make_random_adapter(
+        tmp_path / "a", tiny_model, config=config, modules=("k_proj",), seed=0
+    )
+    assert len(inject_artifact(base.model, open_artifact(folder))) == 2
 
 
 def test_pefts_targets_are_last_names_only_where_these_are_exact(base: BaseModel) -> None:

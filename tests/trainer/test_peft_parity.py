@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from adapters import open_artifact
+from adapters import AdapterConfig, open_artifact
+from tests.conftest import LINEAR
 from tests.reference import ATOL
-from tests.workloads import chat, write_lines
+from tests.workloads import chat, make_random_adapter, write_lines
 from trainer.config import AdapterSettings, DataSettings, LoopSettings, TrainConfig
 from trainer.data import read_chats, tokenize_chat
 from trainer.evaluate import evaluate
@@ -59,8 +60,20 @@ def test_a_trained_folder_gives_the_trainers_own_logits_in_peft(
 
 
 def test_our_own_reader_gives_pefts_logits_for_ranks_that_differ(
-    adapter: Path, tiny_model: Path
+    tmp_path: Path, tiny_model: Path
 ) -> None:
+    config = AdapterConfig(
+        6,
+        8,
+        use_rslora=True,
+        rank_pattern={"q_proj": 3, "layers.1.mlp.up_proj": 11},
+        # The first one that matches counts: the second is the wider one.
+        alpha_pattern={"layers.0.self_attn.v_proj": 2, "v_proj": 5, "up_proj": 20},
+        target_modules=LINEAR[:-1],
+    )
+    adapter = make_random_adapter(
+        tmp_path / "a", tiny_model, config=config, modules=LINEAR[:-1], seed=4
+    )
     base = load_base("tiny", tiny_model, dtype="float32")
     inject_artifact(base.model, open_artifact(adapter))
     fresh = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
