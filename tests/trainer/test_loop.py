@@ -65,6 +65,19 @@ def test_the_same_seed_gives_the_same_digest_and_another_does_not(
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_the_default_model_trains_to_the_same_digest_twice(
+    tmp_path: Path, default_model: Path
+) -> None:
+    """Real sizes run other kernels, in several threads, than the tiny model's."""
+    digests = set()
+    for name in ("a", "b"):
+        config = make_config(tmp_path, name, epochs=1, learning_rate=1e-3)
+        without_eval = config.data.model_copy(update={"eval": None})
+        folder = run(config.model_copy(update={"data": without_eval}), default_model)
+        digests.add(weights_digest(open_artifact(folder)))
+    assert len(digests) == 1
+
+
 def test_the_base_model_is_not_changed(tmp_path: Path, tiny_model: Path) -> None:
     base = load_base("tiny", tiny_model, dtype="float32")
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
