@@ -1,8 +1,9 @@
 # rora-serve on CPUs: the packages of requirements/cpu.lock, the embedded default model, a user without rights.
 #
 #   docker build -t rora-serve .
-#   docker run --rm -p 8000:8000 -v "$PWD/store:/store:ro" rora-serve
+#   docker run --rm --shm-size 1g -p 8000:8000 -v "$PWD/store:/store:ro" rora-serve
 #
+# vLLM's processes talk through /dev/shm, of which a container has 64 MB by default.
 # Arguments after the image's name go to rora-serve.
 
 FROM python:3.11-slim AS build
@@ -16,6 +17,9 @@ COPY rora_serve rora_serve
 RUN PIP_NO_CACHE_DIR=1 PYTHON=python3 scripts/setup
 
 FROM python:3.11-slim
+RUN apt-get update -qq \
+    && apt-get install -y -qq --no-install-recommends libnuma1 \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 rora && mkdir /store
 COPY --from=build /app /app
 ENV PATH=/app/.venv/bin:$PATH \

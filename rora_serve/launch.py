@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -35,6 +36,7 @@ _MAX_CPU_LORAS = 1_000_000
 _FREE_OPTIONS = ("--dtype", "--kv-cache-memory-bytes", "--served-model-name")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _MAX_KV_CACHE_BYTES = 2 * 1024**3
+_SHARED_MEMORY_BYTES = 400 * 1024**2
 _BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -50,6 +52,7 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
         ConfigError: an option that is ours to set, or that vLLM refuses.
         EngineSeamError: the engine came up without our layers; nothing was served.
     """
+    _check_shared_memory()
     _set_environment()
     from rora_serve.engine.compat import check_vllm_version  # noqa: PLC0415  (imports vLLM)
 
@@ -77,6 +80,22 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     if died:
         print("rora-serve: the engine died; its log above says why", file=sys.stderr)
     return 1 if died else 0
+
+
+def _check_shared_memory() -> None:
+    """Refuse a container's small /dev/shm before vLLM's processes fail to talk through it.
+
+    Raises: ConfigError: less room than vLLM's queues take, 160 MiB to the worker and 240 MiB back.
+    """
+    shared = Path("/dev/shm")  # noqa: S108  (its room is looked at, nothing is written)
+    if not shared.is_dir():
+        return
+    free = shutil.disk_usage(shared).free
+    if free < _SHARED_MEMORY_BYTES:
+        raise ConfigError(
+            f"{shared}: {free // 2**20} MiB free, {_SHARED_MEMORY_BYTES // 2**20} MiB are expected; "
+            "start the container with --shm-size 1g"
+        )
 
 
 def _set_environment() -> None:
@@ -167,7 +186,8 @@ def _cpu_dtype() -> str:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return "auto"
-    return "auto" if any(flag in flags for flag in _BF16_CPU_FLAGS) else "float32"
+    return "auto" if any(flag in flags for flag in _SHARED_MEMORY_BYTES = 400 * 1024**2
+_BF16_CPU_FLAGS) else "float32"
 
 
 def _parse_vllm_options(own: list[str], given: list[str]) -> argparse.Namespace:
