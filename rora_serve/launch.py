@@ -186,8 +186,7 @@ def _cpu_dtype() -> str:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return "auto"
-    return "auto" if any(flag in flags for flag in _SHARED_MEMORY_BYTES = 400 * 1024**2
-_BF16_CPU_FLAGS) else "float32"
+    return "auto" if any(flag in flags for flag in _BF16_CPU_FLAGS) else "float32"
 
 
 def _parse_vllm_options(own: list[str], given: list[str]) -> argparse.Namespace:
