@@ -93,7 +93,7 @@ def _check_shared_memory() -> None:
     free = shutil.disk_usage(shared).free
     if free < _SHARED_MEMORY_BYTES:
         raise ConfigError(
-            f"{shared}: {free // 2**20} MiB free, {_SHARED_MEMORY_BYTES // 2**20} MiB are expected; "
+            f"{shared}: {free >> 20} MiB free, {_SHARED_MEMORY_BYTES >> 20} MiB are expected; "
             "start the container with --shm-size 1g"
         )
 
