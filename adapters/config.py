@@ -122,6 +122,8 @@ def read_config(folder: Path) -> AdapterConfig:
     """
     path = folder / CONFIG_FILE
     try:
+        if path.exists() and not path.is_file():
+            raise AdapterConfigError("no regular file")
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
             raise AdapterConfigError(

@@ -46,6 +46,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises: ArtifactHeaderError: the file is missing, or its frame is wrong.
     Cost: two small reads.
     """
+    if path.exists() and not path.is_file():
+        raise ArtifactHeaderError(f"{path}: can not be read (no regular file)")
     try:
         with path.open("rb") as file:
             return _read_header(file, path)

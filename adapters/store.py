@@ -16,17 +16,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from adapters.artifact import ADAPTER_FILES, open_artifact
-from adapters.digest import version_digest, weights_digest
+from adapters.digest import read_provenance, version_digest, weights_digest
 from adapters.errors import AdapterNameError, AdapterNotFoundError, ArtifactError, StoreError
+from adapters.validation import check_artifact_values
 from adapters.writer import replace_file, sync_folder, write_synced
 
 LATEST = "latest"
 MIN_DIGEST_PREFIX = 12
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _RECORD_FORMAT = 1
 
 logger = logging.getLogger(__name__)
@@ -125,7 +128,9 @@ class AdapterStore:
         Cost: reads the adapter twice, writes it once.
         """
         check_name(name)
-        open_artifact(folder)  # refuses before anything is copied
+        # What is wrong with it is said before anything is copied.
+        open_artifact(folder)
+        read_provenance(folder)
         with self._locked():
             version = self._store_object(folder)
             known = self._read_record(name)
@@ -140,6 +145,8 @@ class AdapterStore:
         """Return every name's record, sorted by name; a broken one is logged and left out."""
         records = []
         for path in sorted(self._names.glob("*.json")):
+            if not _NAME.fullmatch(path.stem):
+                continue
             try:
                 record = self._read_record(path.stem)
             except StoreError as error:
@@ -176,10 +183,13 @@ class AdapterStore:
             sync_folder(incoming)
             # The digest is of the copy: the source may change under us.
             artifact = open_artifact(incoming)
+            check_artifact_values(artifact)
             weights = weights_digest(artifact)
             digest = version_digest(weights, incoming)
             target = self._objects / digest
-            if not _is_whole(target, weights):
+            if _is_whole(target, weights):
+                _check_same_base(target, incoming)
+            else:
                 shutil.rmtree(target, ignore_errors=True)
                 incoming.rename(target)
                 sync_folder(self._objects)
@@ -204,7 +214,7 @@ class AdapterStore:
                     f"{path}: format {content['format']}, {_RECORD_FORMAT} is expected; "
                     "this store was written by another version"
                 )
-            versions = tuple(Version(**version) for version in content["versions"])
+            versions = tuple(_parse_version(version) for version in content["versions"])
             record = NameRecord(name, versions, content["aliases"])
             for digest in (record.aliases[LATEST], *record.aliases.values()):
                 record.version(digest)
@@ -214,7 +224,7 @@ class AdapterStore:
             raise
         except OSError as error:
             raise StoreError(f"{path}: can not be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"{path}: not a record of versions and aliases ({error})") from error
         return record
 
@@ -242,6 +252,16 @@ class AdapterStore:
             ) from error
 
 
+def _parse_version(entry: dict[str, Any]) -> Version:
+    version = Version(**entry)
+    for digest in (version.digest, version.weights_digest):
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"{digest!r} is no sha256")
+    if not all(isinstance(entry[key], int) for key in entry if not key.endswith("digest")):
+        raise ValueError("a count is no integer")
+    return version
+
+
 def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -255,6 +275,31 @@ def _is_whole(target: Path, weights: str) -> bool:
         return target.is_dir() and weights_digest(open_artifact(target)) == weights
     except ArtifactError:
         return False
+
+
+def _check_same_base(stored: Path, given: Path) -> None:
+    """Refuse weights that are stored already and now claim another base model.
+
+    A version keeps the rora.json that it came with, so the new claim would be lost.
+    """
+    claims = [read_provenance(folder).get("base_model") for folder in (stored, given)]
+    if claims[1] is not None and claims[0] != claims[1]:
+        raise ArtifactError(
+            f"rora.json: names base model {claims[1]}, the store holds these very weights with "
+            f"{claims[0]}; add the folder that is right to a store of its own"
+        )
+
+
+def verify(resolved: ResolvedVersion) -> None:
+    """See that a version's folder still holds the weights that its digest promises.
+
+    Raises: ArtifactError: it was changed, damaged or removed since it was stored.
+    Cost: reads every tensor once.
+    """
+    if weights_digest(open_artifact(resolved.folder)) != resolved.version.weights_digest:
+        raise ArtifactError(
+            f"{resolved.folder}: weights differ from those that were stored; add the adapter again"
+        )
 
 
 def _find_version(record: NameRecord, wanted: str) -> Version:

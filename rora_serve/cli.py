@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def serve() -> int:
         config = read_settings(ServeConfig, arguments.config, read_flags(arguments))
+        if config.store.exists() and not config.store.is_dir():
+            raise ConfigError(
+                f"--store {config.store}: a file, a folder made by rora-adapters is expected"
+            )
         _check_port(config.host, config.port)
         folder = find_model(config.model, cache=cache_folder(os.environ))
         from rora_serve.launch import launch  # noqa: PLC0415  (imports vLLM, which takes seconds)

@@ -67,9 +67,15 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     names = tuple(arguments.served_model_name)
     check_names(names, store)
     base = ServedBase(names, fingerprint(model), chat_template(model))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until vLLM installs its own
+    interrupted = threading.Event()
+
+    def interrupt_start(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt_start)  # until vLLM installs its own
     try:
-        died = uvloop.run(_serve(arguments, base, store))
+        died = uvloop.run(_serve(arguments, base, store, interrupted))
     except EngineSeamError:
         raise
     except (RuntimeError, ValueError, OSError) as error:  # what vLLM raises while it starts
@@ -216,7 +222,12 @@ def _parse_vllm_options(own: list[str], given: list[str]) -> argparse.Namespace:
     return arguments
 
 
-async def _serve(arguments: argparse.Namespace, base: ServedBase, store: AdapterStore) -> bool:
+async def _serve(
+    arguments: argparse.Namespace,
+    base: ServedBase,
+    store: AdapterStore,
+    interrupted: threading.Event,
+) -> bool:
     """Start engine and server, serve, and return whether the engine died."""
     from vllm import envs  # noqa: PLC0415
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
@@ -231,6 +242,8 @@ async def _serve(arguments: argparse.Namespace, base: ServedBase, store: Adapter
     address, sock = setup_server(arguments, reuse_port=False)
     try:
         async with build_async_engine_client(arguments) as engine:
+            if interrupted.is_set():  # the exception was swallowed somewhere in the start
+                raise KeyboardInterrupt
             if _is_cpu_build():
                 await _confirm_engine_seam(engine)
                 load = partial(_load_through_seam, engine)
@@ -243,7 +256,7 @@ async def _serve(arguments: argparse.Namespace, base: ServedBase, store: Adapter
             await init_app_state(engine, app.state, arguments, tasks)
             install(app, directory)
             print(
-                f"rora-serve: {arguments.served_model_name[0]} and the adapters of {store.root} "
+                f"rora-serve: {base.names[0]} and {len(store.names())} adapters of {store.root} "
                 f"at {address}",
                 file=sys.stderr,
             )

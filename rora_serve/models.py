@@ -12,7 +12,8 @@ from pathlib import Path
 from adapters import AdapterStore, ResolvedVersion
 from adapters.artifact import CHAT_TEMPLATE_FILE
 from adapters.digest import read_provenance
-from adapters.errors import AdapterMismatchError, AdapterNameError
+from adapters.errors import AdapterMismatchError, AdapterNameError, ArtifactError
+from adapters.store import verify
 
 # (lora_int_id, folder) -> {"num_bytes": n} or {"error": text}, from the worker.
 LoadInEngine = Callable[[int, str], Awaitable[dict[str, object]]]
@@ -104,6 +105,7 @@ class ModelDirectory:
         self._base = base
         self._load_in_engine = load_in_engine
         self._ids: dict[str, int] = {}
+        self._fits: set[str] = set()
         self._loads: dict[str, asyncio.Task[None]] = {}
 
     async def open(self, model: str) -> ServedAdapter | None:
@@ -121,6 +123,11 @@ class ModelDirectory:
         resolved = await asyncio.to_thread(self.store.resolve, model)
         weights = resolved.version.weights_digest
         served = ServedAdapter(model, resolved, self._ids.setdefault(weights, len(self._ids) + 1))
+        # Of each version: two of them may share weights and differ in their templates.
+        digest = resolved.version.digest
+        if digest not in self._fits:
+            await asyncio.to_thread(self._check_version, resolved)
+            self._fits.add(digest)
         load = self._loads.get(weights)
         if load is None:
             load = asyncio.create_task(self._load(served))
@@ -129,19 +136,31 @@ class ModelDirectory:
         await asyncio.shield(load)
         return served
 
+    def _check_version(self, resolved: ResolvedVersion) -> None:
+        """Refuse a version that is for something else, or is no longer what was stored."""
+        try:
+            reason = self._base.mismatch(resolved.folder)
+            if reason is None:
+                verify(resolved)
+        except ArtifactError as error:
+            reason = _without_place(str(error), resolved.folder)
+        if reason is not None:
+            raise AdapterMismatchError(f"{resolved.public_id}: {reason}")
+
     async def _load(self, served: ServedAdapter) -> None:
         weights = served.engine_name
         folder = served.resolved.folder
         try:
-            reason = await asyncio.to_thread(self._base.mismatch, folder)
-            if reason is not None:
-                raise AdapterMismatchError(f"{served.resolved.public_id}: {reason}")
             outcome = await self._load_in_engine(served.lora_int_id, served.folder)
         except BaseException:
             del self._loads[weights]  # the next request tries again
             raise
         if "error" in outcome:
             del self._loads[weights]
-            # Clients see this; where the store lies is not their business.
-            reason = str(outcome["error"]).replace(f"{folder}/", "").replace(f"{folder}", "adapter")
+            reason = _without_place(str(outcome["error"]), folder)
             raise AdapterMismatchError(f"{served.resolved.public_id}: {reason}")
+
+
+def _without_place(text: str, folder: Path) -> str:
+    """Return an error's text as clients may see it: where the store lies is not their business."""
+    return text.replace(f"{folder}/", "").replace(str(folder), "the adapter")

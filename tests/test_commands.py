@@ -198,6 +198,14 @@ def test_a_model_folder_without_weights_is_one_line(
     assert "no *.safetensors in it" in one_line(capsys)
 
 
+def test_a_store_that_is_a_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "store").write_text("")
+    assert rora_serve.cli.main(["--store", str(tmp_path / "store"), "--port", "0"]) == 2
+    assert "a file, a folder made by rora-adapters is expected" in one_line(capsys)
+
+
 def test_a_port_in_use_is_one_line_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

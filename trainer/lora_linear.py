@@ -54,6 +54,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [.., out_features] in the dtype of the base layer's output."""
         y: Tensor = self.base(x)
+        if self.scaling == 0:  # switched off; 0 times not-a-number would still be that
+            return y
         shrunk = F.linear(F.dropout(x.float(), self.dropout, self.training), self.lora_a)
         # Scaling the rank-sized intermediate is the cheapest place.
         return y + F.linear(shrunk * self.scaling, self.lora_b).to(y.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from adapters import LoraModule, open_artifact
 from adapters.artifact import Array
 from adapters.errors import AdapterMismatchError
+from adapters.validation import check_values
 from rora_serve.config import MAX_LORA_RANK
 from rora_serve.engine.ragged_layers import Factors
 
@@ -43,7 +44,7 @@ def load_factors(
     Returns: the factors of each layer that the adapter touches.
 
     Raises:
-        ArtifactError: the folder breaks the format.
+        ArtifactError: the folder breaks the format, or its numbers could not be served.
         AdapterMismatchError: a module that the running model lacks or whose sizes differ, or a rank
             above 512; all are named, and nothing is loaded.
     Cost: reads the adapter once.
@@ -61,6 +62,7 @@ def load_factors(
         raise AdapterMismatchError(f"the adapter does not fit the base model: {shown}{more}")
     by_layer: dict[str, list[Factors]] = {}
     for module, lora_a, lora_b in artifact.read_tensors():
+        check_values(module, lora_a, lora_b)
         target = targets[renamed[module.name]]
         factors = Factors(_to_torch(lora_a), _to_torch(lora_b), module.scaling, target.start)
         by_layer.setdefault(target.layer, []).append(factors)

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -154,6 +155,41 @@ def test_a_damaged_object_is_replaced_when_it_is_added_again(
     assert weights.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"digest": "../../../etc"}, "is no sha256"),
+        ({"weights_digest": 5}, "not a record"),
+        ({"num_bytes": "1"}, "a count is no integer"),
+    ],
+)
+def test_a_record_that_points_elsewhere_is_broken(
+    store: AdapterStore, adapter: Path, keys: dict[str, object], message: str
+) -> None:
+    store.add(adapter, name="a")
+    path = store.root / "names" / "a.json"
+    record = json.loads(path.read_text())
+    record["versions"][0] |= keys
+    path.write_text(json.dumps(record))
+    with pytest.raises(StoreError, match=message):
+        store.resolve("a")
+
+
+def test_the_same_weights_with_another_base_are_refused(store: AdapterStore, adapter: Path) -> None:
+    store.add(adapter, name="a")
+    claim = {"format": 1, "base_model": {"name": "other", "fingerprint": "0"}}
+    (adapter / "rora.json").write_text(json.dumps(claim))
+    with pytest.raises(ArtifactError, match=r"names base model .*'other'"):
+        store.add(adapter, name="b")
+
+
+def test_a_pipe_is_no_file(store: AdapterStore, adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    os.mkfifo(adapter / "adapter_model.safetensors")
+    with pytest.raises(ArtifactError, match="no regular file"):
+        store.add(adapter, name="a")
+
+
 def test_an_alias_without_a_version_is_a_broken_record(store: AdapterStore, adapter: Path) -> None:
     store.add(adapter, name="a")
     path = store.root / "names" / "a.json"
@@ -189,7 +225,12 @@ def test_several_processes_add_to_one_name_at_once(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not a record"), ('{"format": 2}', "format 2, 1 is expected"), ("{}", "not a record")],
+    [
+        ("{", "not a record"),
+        ('{"format": 2}', "format 2, 1 is expected"),
+        ("{}", "not a record"),
+        ("[" * 100_000, "not a record"),
+    ],
 )
 def test_a_broken_record_is_named(
     store: AdapterStore, adapter: Path, content: str, message: str

@@ -173,6 +173,31 @@ def test_an_adapter_for_something_else_is_refused(
     assert engine.loaded == []
 
 
+def test_a_template_is_looked_at_in_every_version_of_the_same_weights(
+    directory: ModelDirectory, store: AdapterStore, adapter: Path
+) -> None:
+    (adapter / "chat_template.jinja").write_text("{{ another }}")
+    store.add(adapter, name="b")
+
+    async def ask() -> None:
+        assert await directory.open("a") is not None  # loads the weights that both share
+        for _ in range(2):
+            with pytest.raises(AdapterMismatchError, match="a chat template of its own"):
+                await directory.open("b")
+
+    asyncio.run(ask())
+
+
+def test_an_object_that_was_changed_is_refused(
+    directory: ModelDirectory, engine: Engine, store: AdapterStore
+) -> None:
+    path = store.resolve("a").folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(AdapterMismatchError, match="weights differ from those that were stored"):
+        asyncio.run(directory.open("a"))
+    assert engine.loaded == []
+
+
 def test_the_store_never_shows_its_place_to_clients(
     directory: ModelDirectory, engine: Engine, store: AdapterStore
 ) -> None:

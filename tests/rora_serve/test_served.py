@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import psutil
 import pytest
@@ -13,8 +14,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from adapters import AdapterConfig, AdapterStore
+from adapters import AdapterConfig, AdapterStore, open_artifact
 from adapters.base_model import DEFAULT_MODEL_NAME as BASE
+from adapters.validation import MAX_DELTA_BOUND
 from tests.conftest import LINEAR
 from tests.reference import ATOL
 from tests.rora_serve.serving import (
@@ -226,6 +228,37 @@ def test_a_new_version_under_an_old_name_is_never_answered_from_the_old_cache(
         store.add(adapters[weights], name="moving")
         (found,) = ask_together(server, [("moving", prompts[2])], num_tokens=NUM_TOKENS)
         assert oracle.largest_difference(weights, found) <= TOLERANCE
+
+
+def test_the_largest_numbers_that_are_stored_leave_the_base_as_it_was(
+    server: Server,
+    oracle: Oracle,
+    store: AdapterStore,
+    default_model: Path,
+    prompts: list[tuple[int, ...]],
+    tmp_path: Path,
+) -> None:
+    """Not-a-number would stay in the blocks of the cache that the next requests get."""
+    extreme = make_random_adapter(
+        tmp_path / "extreme",
+        default_model,
+        config=AdapterConfig(8, 8e5, target_modules=LINEAR),
+        modules=LINEAR,
+        seed=9,
+    )
+    bounds = [
+        module.scaling * float(np.linalg.norm(lora_a)) * float(np.linalg.norm(lora_b))
+        for module, lora_a, lora_b in open_artifact(extreme).read_tensors()
+    ]
+    assert 0.5 * MAX_DELTA_BOUND < max(bounds) <= MAX_DELTA_BOUND
+    store.add(extreme, name="extreme")
+    for _ in range(3):
+        requests = [(name, prompt) for prompt in prompts for name in (BASE, "extreme")]
+        for (name, _), found in zip(
+            requests, ask_together(server, requests, num_tokens=NUM_TOKENS), strict=True
+        ):
+            if name == BASE:
+                assert oracle.largest_difference(BASE, found) <= TOLERANCE
 
 
 def test_an_adapter_that_does_not_fit_fails_its_own_requests_only(

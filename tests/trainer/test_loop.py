@@ -151,6 +151,16 @@ def test_an_adapter_can_be_switched_off_and_on(adapter: Path, tiny_model: Path) 
     assert (with_adapter - alone).abs().max() > 0.1
 
 
+def test_a_base_is_measured_as_itself_beside_an_adapter_of_nans(
+    adapter: Path, tiny_model: Path
+) -> None:
+    base = load_base("tiny", tiny_model, dtype="float32")
+    layers = inject_artifact(base.model, open_artifact(adapter))
+    next(iter(layers.values())).lora_b.data.fill_(math.nan)
+    with torch.no_grad(), adapters_off(layers):
+        assert base.model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
 def test_the_learning_rate_warms_up_and_comes_down() -> None:
     def course(schedule: Any) -> list[float]:
         return [
