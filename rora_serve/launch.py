@@ -6,9 +6,10 @@ import shutil
 import signal
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
@@ -67,15 +68,9 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     names = tuple(arguments.served_model_name)
     check_names(names, store)
     base = ServedBase(names, fingerprint(model), chat_template(model))
-    interrupted = threading.Event()
-
-    def interrupt_start(*_: object) -> None:
-        interrupted.set()
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt_start)  # until vLLM installs its own
+    signal.signal(signal.SIGTERM, _end_start)  # until vLLM installs its own handler
     try:
-        died = uvloop.run(_serve(arguments, base, store, interrupted))
+        died = uvloop.run(_serve(arguments, base, store))
     except EngineSeamError:
         raise
     except (RuntimeError, ValueError, OSError) as error:  # what vLLM raises while it starts
@@ -86,6 +81,17 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     if died:
         print("rora-serve: the engine died; its log above says why", file=sys.stderr)
     return 1 if died else 0
+
+
+def _end_start(*_: object) -> NoReturn:
+    """End at once, engine processes included, on a SIGTERM that comes while the server starts.
+
+    Nothing is served yet. An exception would do, were it not lost in callbacks of the event loop.
+    """
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(128 + signal.SIGTERM)
 
 
 def _check_shared_memory() -> None:
@@ -222,12 +228,7 @@ def _parse_vllm_options(own: list[str], given: list[str]) -> argparse.Namespace:
     return arguments
 
 
-async def _serve(
-    arguments: argparse.Namespace,
-    base: ServedBase,
-    store: AdapterStore,
-    interrupted: threading.Event,
-) -> bool:
+async def _serve(arguments: argparse.Namespace, base: ServedBase, store: AdapterStore) -> bool:
     """Start engine and server, serve, and return whether the engine died."""
     from vllm import envs  # noqa: PLC0415
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
@@ -242,8 +243,6 @@ async def _serve(
     address, sock = setup_server(arguments, reuse_port=False)
     try:
         async with build_async_engine_client(arguments) as engine:
-            if interrupted.is_set():  # the exception was swallowed somewhere in the start
-                raise KeyboardInterrupt
             if _is_cpu_build():
                 await _confirm_engine_seam(engine)
                 load = partial(_load_through_seam, engine)

@@ -1,7 +1,9 @@
 """What a real engine serves equals what PEFT computes; stock vLLM is the control that must fail."""
 
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -295,6 +297,23 @@ def test_a_dead_engine_ends_the_server_with_a_failure(store: AdapterStore, tmp_p
         core.kill()
         assert server.process.wait(60) == 1
     assert "the engine died" in (tmp_path / "log").read_text()
+
+
+def test_a_signal_during_the_start_ends_it_at_once(store: AdapterStore, tmp_path: Path) -> None:
+    """Whatever the processes are doing by then; none of them is left."""
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            our_command(store.root, free_port()), stdout=output, stderr=subprocess.STDOUT
+        )
+    while b"Starting to load model" not in log.read_bytes():
+        assert process.poll() is None
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(10) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
 
 
 def test_a_server_without_our_layers_never_starts(store: AdapterStore) -> None:
