@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.config import AdapterConfig, read_config
+from adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from adapters.errors import ArtifactError, RankMismatchError
 from adapters.header import TensorInfo, read_header
 from adapters.scaling import module_rank, module_scaling
@@ -26,7 +26,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # Every file that belongs to an adapter; others in the folder are none of our business.
 ADAPTER_FILES = (
     WEIGHTS_FILE,
-    "adapter_config.json",
+    CONFIG_FILE,
     PROVENANCE_FILE,
     CHAT_TEMPLATE_FILE,
     "README.md",

@@ -127,7 +127,7 @@ def read_config(folder: Path) -> AdapterConfig:
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
             raise AdapterConfigError(
-                f"{path}: {size} bytes, at most {MAX_CONFIG_BYTES} are expected; export it again"
+                f"{size} bytes, at most {MAX_CONFIG_BYTES} are expected; export it again"
             )
         parsed = json.loads(path.read_bytes(), object_pairs_hook=_object_without_duplicates)
         # A lone surrogate passes as JSON and fails wherever the text is used.
