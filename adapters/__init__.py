@@ -3,21 +3,27 @@
 from adapters.artifact import AdapterArtifact, LoraModule, open_artifact
 from adapters.config import AdapterConfig
 from adapters.digest import version_digest, weights_digest
-from adapters.scaling import module_rank, module_scaling
-from adapters.store import AdapterStore, NameRecord, ResolvedVersion, Version
+from adapters.names import Event, NameRecord, Version
+from adapters.problems import Code, Problem
+from adapters.scaling import resolve_scalings
+from adapters.store import AdapterStore, ResolvedVersion
+from adapters.validation import validate
 from adapters.writer import write_artifact
 
 __all__ = [
     "AdapterArtifact",
     "AdapterConfig",
     "AdapterStore",
+    "Code",
+    "Event",
     "LoraModule",
     "NameRecord",
+    "Problem",
     "ResolvedVersion",
     "Version",
-    "module_rank",
-    "module_scaling",
     "open_artifact",
+    "resolve_scalings",
+    "validate",
     "version_digest",
     "weights_digest",
     "write_artifact",

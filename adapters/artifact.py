@@ -1,7 +1,6 @@
 """AdapterArtifact: an adapter folder that keeps its rules, with tensors read on demand.
 
-Owns the pairing of tensors to modules and the reading of their bytes. Files are read with checked
-lengths, never mapped: a mapped file that somebody truncates kills the process that reads it.
+Owns the pairing of tensors to modules and the rules on their names and shapes.
 """
 
 import os
@@ -9,57 +8,83 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import ml_dtypes
-import numpy as np
-from numpy.typing import NDArray
-
-from adapters.config import CONFIG_FILE, AdapterConfig, read_config
-from adapters.errors import ArtifactError, RankMismatchError
-from adapters.header import TensorInfo, read_header
-from adapters.scaling import module_rank, module_scaling
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-PROVENANCE_FILE = "rora.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-# Every file that belongs to an adapter; others in the folder are none of our business.
-ADAPTER_FILES = (
-    WEIGHTS_FILE,
-    CONFIG_FILE,
-    PROVENANCE_FILE,
+from adapters.config import AdapterConfig, read_config
+from adapters.errors import ArtifactError
+from adapters.folder import (
     CHAT_TEMPLATE_FILE,
-    "README.md",
-    "report.html",
+    CONFIG_FILE,
+    MAX_FILE_BYTES,
+    PICKLED_WEIGHTS_FILE,
+    WEIGHTS_FILE,
 )
-NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+from adapters.header import TensorInfo, header_of
+from adapters.limits import MAX_ADAPTER_BYTES
+from adapters.problems import Code, Problem, refusal
+from adapters.reading import open_regular, reading
+from adapters.scaling import ModuleScaling, resolve_scalings
+from adapters.tensors import NUMPY_DTYPES, Array, open_tensors
+
+_MAX_CLASSIFIED = 1000  # of the tensors that are no factors; more of them say nothing new
+PEFT_PREFIX = "base_model.model."
 _TENSOR_NAME = re.compile(
-    r"base_model\.model\.(?P<module>.+)\."
+    r"base_model\.model\.(?P<module>[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\."
     r"(?P<factor>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)"
 )
+_FACTOR_SHAPES = "[rank, in_features] and [out_features, rank] are expected"
+# What else stands in files that call themselves adapters; the first that matches a name tells.
+_OTHER_TENSORS = (
+    (
+        r".*(/|\\|\.\.).*",
+        Code.TENSOR_NAME,
+        "a name that climbs like a path, a module's path with dots is expected",
+    ),
+    (r".*\.lora_magnitude_vector(\..*)?", Code.TENSOR_DORA, "a DoRA magnitude; DoRA is not served"),
+    (
+        r".*\.modules_to_save\..*",
+        Code.TENSOR_SAVED_MODULE,
+        "a fully trained module; such modules are not served",
+    ),
+    (
+        r".*\.lora_(A|B|embedding_A|embedding_B)\.(?!weight$|bias$)\w+(\.weight)?",
+        Code.TENSOR_ADAPTER_NAME,
+        "holds an adapter's name, as a state dict does; save it with PEFT's save_pretrained, or "
+        "convert it",
+    ),
+    (
+        r"lora_.*|.*\.lora_(down|up|mid)\..*|.*\.alpha|.*\.lora_[ab]",
+        Code.TENSOR_FOREIGN_LAYOUT,
+        "is not in PEFT's layout; convert it",
+    ),
+    (r".*\bbias", Code.TENSOR_BIAS, "a bias; adapters with biases are not served"),
+    (
+        r".*\b(embed_tokens|lm_head|wte|wpe|embed_in|embed_out|word_embeddings|embeddings?)\.weight",
+        Code.TENSOR_BASE_WEIGHT,
+        "a full weight of the base model, which PEFT saves beside LoRA when the vocabulary grew; "
+        "train on the base's own vocabulary, or save with save_embedding_layers=False",
+    ),
+)
 
-Array = NDArray[Any]
+Kind = Literal["linear", "embedding"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LoraModule:
     """One module's pair of factors: scaling * B @ A is what the adapter adds to its weight.
 
     Args:
         name: path of the module in the Hugging Face model, without PEFT's prefix.
         kind: "linear", or "embedding" for lora_embedding_A and lora_embedding_B.
-        rank, scaling: of this module, by the configuration's patterns.
+        rank, alpha, scaling: of this module, by the configuration's patterns.
         lora_a: [rank, in_features] (embeddings: [rank, vocabulary]).
         lora_b: [out_features, rank] (embeddings: [hidden, rank]).
     """
 
     name: str
-    kind: Literal["linear", "embedding"]
+    kind: Kind
     rank: int
+    alpha: float
     scaling: float
     lora_a: TensorInfo
     lora_b: TensorInfo
@@ -74,6 +99,11 @@ class LoraModule:
         """Rows of B."""
         return self.lora_b.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both factors."""
+        return self.lora_a.num_bytes + self.lora_b.num_bytes
+
 
 @dataclass(frozen=True)
 class AdapterArtifact:
@@ -86,124 +116,211 @@ class AdapterArtifact:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(m.lora_a.num_bytes + m.lora_b.num_bytes for m in self.modules.values())
+        return sum(module.num_bytes for module in self.modules.values())
+
+    @property
+    def weights_path(self) -> Path:
+        """The file of the tensors."""
+        return self.folder / WEIGHTS_FILE
 
     def read_tensors(self) -> Iterator[tuple[LoraModule, Array, Array]]:
         """Yield every module with its A and B, as stored, in the order of the file.
 
         Returns: per module, A [rank, in_features] and B [out_features, rank] in their stored dtype
             (float32, float16, or ml_dtypes' bfloat16), new.
-        Raises: ArtifactError: the file became shorter than its header said.
+        Raises: ArtifactError: the file became shorter than its header said, or was replaced by
+            something else.
         Cost: one open, one read per tensor.
         """
-        path = self.folder / WEIGHTS_FILE
-        with path.open("rb", buffering=0) as file:
+        with open_tensors(self.weights_path) as file:
             for module in sorted(self.modules.values(), key=lambda m: m.lora_a.start):
-                yield (
-                    module,
-                    _read_tensor(file.fileno(), module.lora_a, path),
-                    _read_tensor(file.fileno(), module.lora_b, path),
-                )
+                yield module, file.read(module.lora_a), file.read(module.lora_b)
+
+    def read_chunks(self) -> Iterator[tuple[LoraModule, TensorInfo, Iterator[memoryview]]]:
+        """Yield every tensor, sorted by name, with an iterator over its bytes.
+
+        Each view, of at most 1 MiB, is gone with the next. Raises: as `read_tensors`.
+        """
+        pairs = [(m, tensor) for m in self.modules.values() for tensor in (m.lora_a, m.lora_b)]
+        with open_tensors(self.weights_path) as file:
+            for module, tensor in sorted(pairs, key=lambda pair: pair[1].name):
+                yield module, tensor, file.chunks(tensor)
 
 
 def open_artifact(folder: Path) -> AdapterArtifact:
     """Read the configuration and the header of an adapter folder and check that they agree.
 
-    Raises:
-        AdapterConfigError, ArtifactHeaderError: one of the two files is wrong by itself.
-        RankMismatchError: a tensor's rank is not the one that the configuration declares.
-        ArtifactError: a tensor that is no LoRA factor, or whose partner is missing; all are named.
+    Raises: ArtifactError: every broken rule that shows without reading a tensor, with its code.
     Cost: two files, no tensor.
     """
-    config = read_config(folder)
+    artifact, problems = read_folder(folder)
+    if problems or artifact is None:
+        raise refusal(ArtifactError, folder, problems)
+    return artifact
+
+
+def read_folder(folder: Path) -> tuple[AdapterArtifact | None, list[Problem]]:
+    """Return the adapter in `folder`, if there is enough of it, and every broken rule.
+
+    Cost: two files, no tensor.
+    """
+    if not folder.is_dir():
+        message = "no such folder, an adapter folder written by rora-train or PEFT is expected"
+        return None, [Problem(Code.FOLDER_MISSING, folder.name or str(folder), message)]
+    problems: list[Problem] = []
+    config: AdapterConfig | None = None
+    try:
+        config, found = read_config(folder)
+        problems += found
+    except FileNotFoundError:
+        message = f"no {CONFIG_FILE}, an adapter folder holds one; name the folder that PEFT wrote"
+        problems.append(Problem(Code.CONFIG_MISSING, CONFIG_FILE, message))
+    except ArtifactError as error:
+        problems += error.problems
+    tensors: dict[str, TensorInfo] | None = None
     path = folder / WEIGHTS_FILE
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise ArtifactError(
-            f"{folder}: weights in adapter_model.bin, a pickle, {WEIGHTS_FILE} is expected; "
-            "save the adapter again with safe_serialization"
-        )
-    tensors = read_header(path)
-    factors: dict[tuple[str, str], dict[str, TensorInfo]] = {}
+    try:
+        with open_regular(path, max_bytes=MAX_ADAPTER_BYTES) as file, reading(path):
+            tensors = header_of(file, path)
+    except FileNotFoundError:
+        problems.append(_missing_weights(folder))
+    except ArtifactError as error:
+        problems += error.problems
+    problems += _small_file_problems(folder)
+    if tensors is None:
+        return None, problems
+    factors, found = _pair(tensors)
+    problems += found
+    if config is None:
+        return None, problems
+    modules, found = _modules(config, factors)
+    return AdapterArtifact(folder, config, modules), [*problems, *found]
+
+
+def _missing_weights(folder: Path) -> Problem:
+    # Not opened: a pickle runs code of whoever made it.
+    if os.path.lexists(folder / PICKLED_WEIGHTS_FILE):
+        message = f"a pickle, {WEIGHTS_FILE} is expected; save it again with safe_serialization"
+        return Problem(Code.WEIGHTS_PICKLE, PICKLED_WEIGHTS_FILE, message)
+    message = f"no {WEIGHTS_FILE}, an adapter folder holds one; name the folder that PEFT wrote"
+    return Problem(Code.WEIGHTS_MISSING, WEIGHTS_FILE, message)
+
+
+def _small_file_problems(folder: Path) -> list[Problem]:
+    """Check the kind and size of the files that are read later, and that the template is text."""
     problems = []
+    for name, max_bytes in MAX_FILE_BYTES.items():
+        if name in (CONFIG_FILE, WEIGHTS_FILE):
+            continue
+        try:
+            path = folder / name
+            with open_regular(path, max_bytes=max_bytes) as file, reading(path):
+                if name == CHAT_TEMPLATE_FILE:
+                    file.read().decode("utf-8")
+        except FileNotFoundError:
+            pass
+        except UnicodeDecodeError as error:
+            message = f"not UTF-8 ({error.reason} at byte {error.start}); write it again"
+            problems.append(Problem(Code.TEMPLATE_NOT_TEXT, name, message))
+        except ArtifactError as error:
+            problems += error.problems
+    return problems
+
+
+_Factors = dict[tuple[str, Kind], dict[str, TensorInfo]]
+
+
+def _pair(tensors: Mapping[str, TensorInfo]) -> tuple[_Factors, list[Problem]]:
+    """Return the factors by module and kind, and name every tensor that is none."""
+    problems: list[Problem] = []
+    factors: _Factors = {}
     for name, tensor in tensors.items():
-        if tensor.dtype not in NUMPY_DTYPES:
-            problems.append(
-                f"tensor {name!r} is {tensor.dtype}, one of {', '.join(NUMPY_DTYPES)} is expected"
-            )
         match = _TENSOR_NAME.fullmatch(name)
         if match is None:
-            problems.append(
-                f"tensor {name!r} is not base_model.model.<module>.lora_A.weight or .lora_B.weight"
-            )
+            few = len(problems) < _MAX_CLASSIFIED
+            problems.append(_other_tensor(name) if few else _unknown_tensor(name))
             continue
-        kind = "embedding" if "embedding" in match["factor"] else "linear"
+        if tensor.dtype not in NUMPY_DTYPES:
+            message = f"is {tensor.dtype}, one of {', '.join(NUMPY_DTYPES)} is expected"
+            problems.append(Problem(Code.FACTOR_DTYPE, name, message))
+        kind: Kind = "embedding" if "embedding" in match["factor"] else "linear"
         side = "B" if "_B" in match["factor"] else "A"
         factors.setdefault((match["module"], kind), {})[side] = tensor
-    for (module, kind), sides in factors.items():
-        for missing in {"A", "B"} - set(sides):
-            problems.append(f"module {module!r} has no lora_{missing}")
-        if kind == "embedding" and (module, "linear") in factors:
-            problems.append(f"module {module!r} has factors of a linear layer and of an embedding")
-        if not config.targets(module):
-            problems.append(
-                f"module {module!r} is not in target_modules, so that PEFT would leave it out"
-            )
     if not tensors:
-        problems.append("holds no tensor")
-    if problems:
-        raise ArtifactError(f"{path}: {'; '.join(problems)}")
-    modules = {
-        module: _lora_module(module, kind, sides["A"], sides["B"], config=config, path=path)
-        for (module, kind), sides in factors.items()
-    }
-    return AdapterArtifact(folder, config, modules)
+        message = "holds no tensor, factors A and B are expected; export the adapter again"
+        problems.append(Problem(Code.TENSORS_NONE, WEIGHTS_FILE, message))
+    return factors, problems
 
 
-def _lora_module(
-    name: str,
-    kind: str,
-    lora_a: TensorInfo,
-    lora_b: TensorInfo,
-    *,
-    config: AdapterConfig,
-    path: Path,
-) -> LoraModule:
-    if len(lora_a.shape) != 2 or len(lora_b.shape) != 2:
-        raise ArtifactError(
-            f"{path}: {name}: lora_A is {list(lora_a.shape)}, lora_B is {list(lora_b.shape)}; "
-            "[rank, in_features] and [out_features, rank] are expected"
-        )
-    declared, found = module_rank(config, name), lora_a.shape[0]
-    if lora_b.shape[1] != found:
-        raise RankMismatchError(
-            f"{path}: {name}: lora_A is {list(lora_a.shape)} (rank {found}), lora_B is "
-            f"{list(lora_b.shape)} (rank {lora_b.shape[1]}); export the adapter again"
-        )
-    if declared != found:
-        raise RankMismatchError(
-            f"{path}: {name}: adapter_config.json declares rank {declared}, lora_A is "
-            f"{list(lora_a.shape)} (rank {found}); export the adapter again or correct rank_pattern"
-        )
-    return LoraModule(
-        name=name,
-        kind="embedding" if kind == "embedding" else "linear",
-        rank=found,
-        scaling=module_scaling(config, name),
-        lora_a=lora_a,
-        lora_b=lora_b,
+def _other_tensor(name: str) -> Problem:
+    for pattern, code, message in _OTHER_TENSORS:
+        if re.fullmatch(pattern, name):
+            return Problem(code, name, message)
+    return _unknown_tensor(name)
+
+
+def _unknown_tensor(name: str) -> Problem:
+    message = (
+        "no factor of LoRA, base_model.model.<module>.lora_A.weight or .lora_B.weight is expected"
     )
+    return Problem(Code.TENSOR_UNKNOWN, name, message)
 
 
-def _read_tensor(descriptor: int, tensor: TensorInfo, path: Path) -> Array:
-    array = np.empty(tensor.shape, dtype=NUMPY_DTYPES[tensor.dtype])
-    view = array.reshape(-1).view(np.uint8).data
-    done = 0
-    while done < tensor.num_bytes:
-        read = os.preadv(descriptor, [view[done:]], tensor.start + done)
-        if read == 0:
-            raise ArtifactError(
-                f"{path}: tensor {tensor.name!r} ends after {done} of {tensor.num_bytes} bytes; "
-                "the file was changed while it was read"
+def _modules(
+    config: AdapterConfig, factors: _Factors
+) -> tuple[dict[str, LoraModule], list[Problem]]:
+    """Return the modules that have both factors, and say what is wrong with any."""
+    problems: list[Problem] = []
+    names = list(dict.fromkeys(module for module, _ in factors))
+    scalings: dict[str, ModuleScaling] = {}
+    try:
+        scalings = resolve_scalings(config, names)
+    except ArtifactError as error:
+        problems += error.problems
+    try:
+        untargeted = set(names) - config.targets(names)
+    except ArtifactError as error:
+        untargeted = set()
+        problems += error.problems
+    modules = {}
+    for (name, kind), sides in factors.items():
+        if name in untargeted:
+            message = "is not in target_modules, so that PEFT would leave it out"
+            problems.append(Problem(Code.TARGET_MISSING, name, message))
+        if kind == "embedding" and (name, "linear") in factors:
+            message = "has factors of a linear layer and of an embedding, one kind is expected"
+            problems.append(Problem(Code.FACTOR_KINDS, name, message))
+        missing = {"A", "B"} - set(sides)
+        if missing:
+            message = f"has no lora_{missing.pop()}, both factors are expected"
+            problems.append(Problem(Code.FACTOR_MISSING, name, message))
+            continue
+        problem = _shape_problem(name, sides["A"], sides["B"], scalings.get(name))
+        if problem is not None:
+            problems.append(problem)
+        elif name in scalings:
+            scaling = scalings[name]
+            modules[name] = LoraModule(
+                name, kind, scaling.rank, scaling.alpha, scaling.scaling, sides["A"], sides["B"]
             )
-        done += read
-    return array
+    return modules, problems
+
+
+def _shape_problem(
+    name: str, lora_a: TensorInfo, lora_b: TensorInfo, scaling: ModuleScaling | None
+) -> Problem | None:
+    a, b = list(lora_a.shape), list(lora_b.shape)
+    if len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
+        return Problem(Code.FACTOR_SHAPE, name, f"lora_A is {a}, lora_B is {b}; {_FACTOR_SHAPES}")
+    if b[1] != a[0]:
+        message = (
+            f"lora_A is {a} (rank {a[0]}), lora_B is {b} (rank {b[1]}); export the adapter again"
+        )
+        return Problem(Code.RANK_FACTORS, name, message)
+    if scaling is not None and scaling.rank != a[0]:
+        message = (
+            f"adapter_config.json declares rank {scaling.rank}, lora_A is {a} (rank {a[0]}); "
+            "export the adapter again or correct rank_pattern"
+        )
+        return Problem(Code.RANK_CONFIG, name, message)
+    return None

@@ -19,9 +19,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from adapters.artifact import CHAT_TEMPLATE_FILE
 from adapters.digest import canonical_json
-from adapters.errors import ArtifactHeaderError, BaseModelError
+from adapters.errors import ArtifactError, BaseModelError
+from adapters.folder import CHAT_TEMPLATE_FILE
 from adapters.header import TensorInfo, read_header
 from adapters.writer import new_folder, write_synced
 
@@ -100,13 +100,13 @@ def fingerprint(folder: Path) -> str:
     """Return the hexadecimal sha256 that tells one base model's weights from another's.
 
     Over every tensor, sorted by name: the canonical JSON of [name, dtype, shape] and 256 bytes at
-        each of
-    16 evenly spaced positions.
+    each of 16 evenly spaced positions.
+
     Raises: BaseModelError: a weights file that is none.
     Cost: reads the headers and at most 4 KiB of each tensor.
     """
     digest = hashlib.sha256(b"rora-base-1\n")
-    for path, tensor in _all_tensors(folder):
+    for path, tensor in base_tensors(folder):
         digest.update(canonical_json([tensor.name, tensor.dtype, list(tensor.shape)]) + b"\n")
         last = max(tensor.num_bytes - _FINGERPRINT_BYTES, 0)
         with path.open("rb") as file:
@@ -272,14 +272,19 @@ def _download(model: str) -> Path:
         ) from error
 
 
-def _all_tensors(folder: Path) -> list[tuple[Path, TensorInfo]]:
+def base_tensors(folder: Path) -> list[tuple[Path, TensorInfo]]:
+    """Return every tensor of a model folder with the file that holds it, sorted by name.
+
+    Raises: BaseModelError: a weights file that is none.
+    Cost: two small reads for each file.
+    """
     try:
         found = [
             (path, tensor)
             for path in sorted(folder.glob("*.safetensors"))
             for tensor in read_header(path).values()
         ]
-    except ArtifactHeaderError as error:
+    except ArtifactError as error:
         raise BaseModelError(f"base model: {error}") from error
     return sorted(found, key=lambda item: item[1].name)
 

@@ -6,19 +6,18 @@ gives wrong answers without an error.
 """
 
 import difflib
-import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import AdapterConfigError
+from adapters.folder import CONFIG_FILE
+from adapters.patterns import check_key, check_pattern, targeted
+from adapters.problems import Code, Problem, shown
+from adapters.reading import read_json_file
 
-CONFIG_FILE = "adapter_config.json"
-MAX_CONFIG_BYTES = 4 * 1024 * 1024
-MAX_PATTERN_LENGTH = 1000
 ALL_LINEAR = "all-linear"
+_MAX_UNKNOWN = 20  # named of a file that has more
 
 # Keys that initialise or train weights, or only describe: the stored tensors show their outcome.
 _WITHOUT_EFFECT = frozenset(
@@ -31,26 +30,28 @@ _WITHOUT_EFFECT = frozenset(
     }
 )  # fmt: skip
 # Kinds of adapter that we do not serve, by the key that switches them on.
-_UNSERVED_KINDS = {
-    "alora_invocation_tokens": "an Activated LoRA",
-    "arrow_config": "an Arrow router",
-    "corda_config": "a CorDA initialisation, which changes the base weights",
-    "kasa_config": "a KaSA adapter",
-    "exclude_modules": "a choice of modules by exclusion",
-    "layer_replication": "layer replication",
-    "layers_to_transform": "a choice of modules by layer",
-    "loftq_config": "a LoftQ initialisation, which changes the base weights",
-    "lora_bias": "a LoRA with bias terms",
-    "lora_ga_config": "a LoRA-GA initialisation, which changes the base weights",
-    "modules_to_save": "fully trained modules beside LoRA",
-    "monteclora_config": "a MonteCLoRA adapter",
-    "target_parameters": "LoRA on bare parameters",
-    "trainable_token_indices": "trained token embeddings",
-    "use_bdlora": "a block-diagonal LoRA",
-    "use_dora": "a DoRA adapter",
-    "use_qalora": "a QALoRA adapter",
-    "velora_config": "a VeLoRA adapter",
+_UNSERVED_KINDS: Mapping[str, tuple[Code, str]] = {
+    "alora_invocation_tokens": (Code.KIND_ACTIVATED_LORA, "an Activated LoRA"),
+    "arrow_config": (Code.KIND_ARROW, "an Arrow router"),
+    "corda_config": (Code.KIND_CHANGED_BASE, "CorDA, which changes the base weights,"),
+    "exclude_modules": (Code.KIND_EXCLUDED_MODULES, "a choice of modules by exclusion"),
+    "kasa_config": (Code.KIND_KASA, "a KaSA adapter"),
+    "layer_replication": (Code.KIND_LAYER_REPLICATION, "layer replication"),
+    "layers_to_transform": (Code.KIND_CHOSEN_LAYERS, "a choice of modules by layer"),
+    "loftq_config": (Code.KIND_CHANGED_BASE, "LoftQ, which changes the base weights,"),
+    "lora_bias": (Code.KIND_LORA_BIAS, "a LoRA with bias terms"),
+    "lora_ga_config": (Code.KIND_CHANGED_BASE, "LoRA-GA, which changes the base weights,"),
+    "modules_to_save": (Code.KIND_MODULES_TO_SAVE, "a fully trained module beside LoRA"),
+    "monteclora_config": (Code.KIND_MONTECLORA, "a MonteCLoRA adapter"),
+    "target_parameters": (Code.KIND_PARAMETERS, "a LoRA on bare parameters"),
+    "trainable_token_indices": (Code.KIND_TOKENS, "an adapter with trained token embeddings"),
+    "use_bdlora": (Code.KIND_BLOCK_DIAGONAL, "a block-diagonal LoRA"),
+    "use_dora": (Code.KIND_DORA, "a DoRA adapter"),
+    "use_qalora": (Code.KIND_QALORA, "a QALoRA adapter"),
+    "velora_config": (Code.KIND_VELORA, "a VeLoRA adapter"),
 }
+# What `convert` can say in another way, since the tensors show which modules were chosen.
+CHOICE_KEYS = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 # The others (pissa, olora, corda, loftq, lora_ga) subtract the initial delta from the base weights,
 # so that the stored A and B alone do not describe the adapter.
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -103,157 +104,127 @@ class AdapterConfig:
             "use_rslora": self.use_rslora,
         }
 
-    def targets(self, module: str) -> bool:
-        """Tell whether PEFT would adapt `module`, by its own rule: a whole path or a suffix.
+    def targets(self, modules: Sequence[str]) -> set[str]:
+        """Return those of `modules` that PEFT would adapt, by its own rule.
 
-        Source: peft 0.21 `tuners/tuners_utils.py: check_target_module_exists`.
+        Raises: ArtifactError: the expression is too costly to match.
         """
         if not self.target_modules or self.target_modules == ALL_LINEAR:
-            return True  # PEFT chooses by the kind of model or layer
-        if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+            return set(modules)  # PEFT chooses by the kind of model or layer
+        return targeted(self.target_modules, modules)
 
 
-def read_config(folder: Path) -> AdapterConfig:
+def read_config(folder: Path) -> tuple[AdapterConfig | None, list[Problem]]:
     """Read `folder`/adapter_config.json.
 
-    Raises: AdapterConfigError: the file is missing, no JSON object, or `parse_config` refuses it.
+    Returns: as `parse_config`.
+    Raises: FileNotFoundError; ArtifactError: the file is no JSON object within limits.
     """
-    path = folder / CONFIG_FILE
-    try:
-        if path.exists() and not path.is_file():
-            raise AdapterConfigError("no regular file")
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise AdapterConfigError(
-                f"{size} bytes, at most {MAX_CONFIG_BYTES} are expected; export it again"
-            )
-        parsed = json.loads(path.read_bytes(), object_pairs_hook=_object_without_duplicates)
-        # A lone surrogate passes as JSON and fails wherever the text is used.
-        json.dumps(parsed, ensure_ascii=False).encode()
-    except FileNotFoundError:
-        raise AdapterConfigError(
-            f"{folder}: no {CONFIG_FILE}, an adapter folder holds one; "
-            "name a folder written by rora-train or PEFT"
-        ) from None
-    except AdapterConfigError as error:
-        raise AdapterConfigError(f"{path}: {error}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterConfigError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(parsed, dict):
-        raise AdapterConfigError(
-            f"{path}: holds a {type(parsed).__name__}, a JSON object is expected"
-        )
-    return parse_config(parsed, where=str(path))
+    return parse_config(read_json_file(folder / CONFIG_FILE))
 
 
-def parse_config(keys: Mapping[str, Any], *, where: str) -> AdapterConfig:
-    """Turn the keys of a LoraConfig into an AdapterConfig, or say all that is wrong with them.
+def parse_config(keys: Mapping[str, Any]) -> tuple[AdapterConfig | None, list[Problem]]:
+    """Turn the keys of a LoraConfig into an AdapterConfig, and say all that is wrong with them.
 
-    Args:
-        keys: the parsed adapter_config.json.
-        where: file or origin, named in the error.
-    Raises: AdapterConfigError: every broken rule, joined by "; ".
+    Args: keys: the parsed adapter_config.json.
+    Returns: the configuration, or None if a key that it needs is wrong; and every broken rule.
     """
-    problems = [*_unserved(keys), *_unknown(keys)]
+    refused = [*_unserved(keys), *_unknown(keys)]
     if keys.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {keys.get('peft_type')!r}, only 'LORA' is served")
+        message = f"is {shown(keys.get('peft_type'))}, only LORA is served"
+        refused.append(Problem(Code.CONFIG_PEFT_TYPE, "peft_type", message))
     if keys.get("bias", "none") != "none":
-        problems.append(f"bias is {keys['bias']!r}, only 'none' is served")
+        message = f"is {shown(keys['bias'])}, only none is served"
+        refused.append(Problem(Code.KIND_BIAS, "bias", message))
     initialisation = keys.get("init_lora_weights", True)
     if not any(initialisation is one or initialisation == one for one in _HARMLESS_INITIALISATIONS):
-        problems.append(
-            f"init_lora_weights is {initialisation!r}, which changes the base weights; "
+        message = (
+            f"is {shown(initialisation)}, which changes the base weights; "
             "convert it with PEFT's path_initial_model_for_weight_conversion"
         )
-    use_rslora = keys.get("use_rslora", False)
-    if not isinstance(use_rslora, bool):
-        problems.append(f"use_rslora is {use_rslora!r}, true or false is expected")
-    # PEFT's defaults for both are 8.
-    rank, alpha = keys.get("r", 8), keys.get("lora_alpha", 8)
-    if not _is_rank(rank):
-        problems.append(f"r is {rank!r}, an integer of at least 1 is expected")
-    if not _is_alpha(alpha):
-        problems.append(f"lora_alpha is {alpha!r}, a number above 0 is expected")
-    patterns = {key: keys.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
-    problems += _wrong_values("rank_pattern", patterns["rank_pattern"], _is_rank, "integers")
-    problems += _wrong_values("alpha_pattern", patterns["alpha_pattern"], _is_alpha, "numbers")
+        refused.append(Problem(Code.CONFIG_INITIALISATION, "init_lora_weights", message))
+    wrong = _wrong_values(keys)
+    if wrong:
+        return None, [*refused, *wrong]
     targets = keys.get("target_modules") or ()
-    problems += _wrong_targets(targets)
-    if problems:
-        raise AdapterConfigError(f"{where}: {'; '.join(problems)}")
-    return AdapterConfig(
-        rank=rank,
-        lora_alpha=alpha,
-        use_rslora=use_rslora,
-        rank_pattern=patterns["rank_pattern"],
-        alpha_pattern=patterns["alpha_pattern"],
+    base = keys.get("base_model_name_or_path")
+    config = AdapterConfig(
+        # PEFT's defaults for both are 8.
+        rank=keys.get("r", 8),
+        lora_alpha=keys.get("lora_alpha", 8),
+        use_rslora=keys.get("use_rslora", False),
+        rank_pattern=keys.get("rank_pattern") or {},
+        alpha_pattern=keys.get("alpha_pattern") or {},
         target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
-        base_model_name_or_path=keys.get("base_model_name_or_path"),
+        base_model_name_or_path=base if isinstance(base, str) else None,
     )
+    return config, refused
 
 
-def _unserved(keys: Mapping[str, Any]) -> list[str]:
+def _wrong_values(keys: Mapping[str, Any]) -> list[Problem]:
+    """Name the applied keys whose values can not be applied."""
+    problems = []
+    use_rslora, rank, alpha = (
+        keys.get("use_rslora", False),
+        keys.get("r", 8),
+        keys.get("lora_alpha", 8),
+    )
+    if not isinstance(use_rslora, bool):
+        message = f"is {shown(use_rslora)}, true or false is expected"
+        problems.append(Problem(Code.CONFIG_USE_RSLORA, "use_rslora", message))
+    if not _is_rank(rank):
+        message = f"is {shown(rank)}, an integer of at least 1 is expected"
+        problems.append(Problem(Code.CONFIG_RANK, "r", message))
+    if not _is_alpha(alpha):
+        message = f"is {shown(alpha)}, a number above 0 is expected"
+        problems.append(Problem(Code.CONFIG_ALPHA, "lora_alpha", message))
+    for key, code, is_right, wanted in (
+        ("rank_pattern", Code.CONFIG_RANK_PATTERN, _is_rank, "integers"),
+        ("alpha_pattern", Code.CONFIG_ALPHA_PATTERN, _is_alpha, "numbers"),
+    ):
+        pattern = keys.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
+            message = f"is {shown(pattern)}, an object of {wanted} above 0 is expected"
+            problems.append(Problem(code, key, message))
+            continue
+        problems += [found for name in pattern if (found := check_key(key, name)) is not None]
+    targets = keys.get("target_modules") or ()
+    if isinstance(targets, str):
+        found = check_pattern("target_modules", targets)
+        problems += [] if found is None else [found]
+    elif not isinstance(targets, (list, tuple)) or not all(isinstance(t, str) for t in targets):
+        message = f"is {shown(targets)}, a list of names or one text is expected"
+        problems.append(Problem(Code.CONFIG_TARGETS, "target_modules", message))
+    return problems
+
+
+def _unserved(keys: Mapping[str, Any]) -> list[Problem]:
     return [
-        f"{key} is {keys[key]!r}: {kind} is not served"
-        for key, kind in _UNSERVED_KINDS.items()
+        Problem(code, key, f"is {shown(keys[key])}: {kind} is not served")
+        for key, (code, kind) in _UNSERVED_KINDS.items()
         if keys.get(key)
     ]
 
 
-def _unknown(keys: Mapping[str, Any]) -> list[str]:
+def _unknown(keys: Mapping[str, Any]) -> list[Problem]:
     """Name unknown keys whose value could matter; null, false and empty ones pass."""
     problems = []
     for key in sorted(set(keys) - _KNOWN):
         if keys[key] in (None, False, 0, "", [], {}):
             continue
-        near = difflib.get_close_matches(key, _KNOWN, n=1)
+        near = difflib.get_close_matches(key[:100], _KNOWN, n=1)
         hint = f" (nearest known key: {near[0]})" if near else ""
-        problems.append(f"unknown key {key!r} with value {keys[key]!r} is not applied{hint}")
+        message = f"unknown key with value {shown(keys[key])}, which is not applied{hint}"
+        problems.append(Problem(Code.CONFIG_KEY_UNKNOWN, key, message))
+        if len(problems) == _MAX_UNKNOWN:
+            break
     return problems
 
 
-def _wrong_values(
-    key: str, pattern: Any, is_right: Callable[[Any], bool], wanted: str
-) -> list[str]:
-    if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
-        return [f"{key} is {pattern!r}, an object of {wanted} above 0 is expected"]
-    return [f"{key}: {reason}" for reason in map(_wrong_pattern, pattern) if reason]
-
-
-def _wrong_targets(targets: Any) -> list[str]:
-    if isinstance(targets, str):
-        reason = _wrong_pattern(targets)
-        return [f"target_modules: {reason}"] if reason else []
-    if isinstance(targets, (list, tuple)) and all(isinstance(name, str) for name in targets):
-        return []
-    return [f"target_modules is {targets!r}, a list of names or one text is expected"]
-
-
-def _wrong_pattern(pattern: str) -> str | None:
-    """Say why a key that PEFT matches as a regular expression is none."""
-    if len(pattern) > MAX_PATTERN_LENGTH:
-        return f"a pattern of {len(pattern)} characters, at most {MAX_PATTERN_LENGTH} are expected"
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        return f"{pattern!r} is no regular expression ({error})"
-    return None
-
-
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def _is_alpha(value: Any) -> bool:
     # `value < inf` is false for NaN and for infinity, both of which Python's JSON reader accepts.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e308
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise AdapterConfigError(f"key {twice[0]!r} stands twice in one object, once is expected")
-    return dict(pairs)

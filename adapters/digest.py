@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adapters.artifact import CHAT_TEMPLATE_FILE, PROVENANCE_FILE, AdapterArtifact
-from adapters.errors import ArtifactError
-from adapters.scaling import module_alpha
+from adapters.artifact import AdapterArtifact
+from adapters.folder import CHAT_TEMPLATE_FILE, PROVENANCE_FILE
+from adapters.limits import MAX_TEMPLATE_BYTES
+from adapters.problems import Code
+from adapters.reading import open_regular, read_json_file, reading, refuse
 
 
 def weights_digest(artifact: AdapterArtifact) -> str:
@@ -22,19 +24,15 @@ def weights_digest(artifact: AdapterArtifact) -> str:
 
     The same for the same content however its JSON or tensors are ordered; the model's path and
     PEFT's version are not part of it.
-    Cost: reads every tensor once.
+    Raises: ArtifactError: the file changed while it was read.
+    Cost: reads every tensor once, 1 MiB at a time.
     """
     digest = hashlib.sha256(b"rora-weights-1\n")
     digest.update(canonical_json(_weight_bearing(artifact)) + b"\n")
-    chunks: dict[str, tuple[bytes, Any]] = {}
-    for module, lora_a, lora_b in artifact.read_tensors():
-        for tensor, array in ((module.lora_a, lora_a), (module.lora_b, lora_b)):
-            described = canonical_json([tensor.name, tensor.dtype, list(tensor.shape)])
-            chunks[tensor.name] = (described, array)
-    for name in sorted(chunks):
-        described, array = chunks[name]
-        digest.update(described + b"\n")
-        digest.update(array.tobytes())
+    for _, tensor, chunks in artifact.read_chunks():
+        digest.update(canonical_json([tensor.name, tensor.dtype, list(tensor.shape)]) + b"\n")
+        for chunk in chunks:
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -43,32 +41,51 @@ def version_digest(weights: str, folder: Path) -> str:
 
     sha256("rora-version-1\n" + weights + "\n" + sha256(chat template or "") + "\n" + P) where P is
     the canonical JSON of the probe in rora.json, or "null".
+
+    Raises: ArtifactError: a file that is not what it should be, or a probe with NaN.
     """
-    template = folder / CHAT_TEMPLATE_FILE
-    template_bytes = template.read_bytes() if template.exists() else b""
-    digest = hashlib.sha256(b"rora-version-1\n")
-    digest.update(f"{weights}\n{hashlib.sha256(template_bytes).hexdigest()}\n".encode())
+    template = hashlib.sha256(read_chat_template(folder) or b"").hexdigest()
+    probe = check_probe(folder)
+    return hashlib.sha256(
+        b"rora-version-1\n" + f"{weights}\n{template}\n".encode() + probe
+    ).hexdigest()
+
+
+def check_probe(folder: Path) -> bytes:
+    """Return the canonical JSON of the probe in rora.json, or "null".
+
+    Raises: ArtifactError: rora.json breaks a rule, or the probe holds NaN or infinity.
+    """
+    probe = read_provenance(folder).get("probe")
     try:
-        digest.update(canonical_json(read_provenance(folder).get("probe")))
-    except ValueError as error:  # NaN, or text that is no UTF-8
-        raise ArtifactError(
-            f"{folder / PROVENANCE_FILE}: probe is not plain JSON ({error})"
-        ) from error
-    return digest.hexdigest()
+        return canonical_json(probe)
+    except ValueError as error:
+        message = f"probe holds what JSON does not have ({error}); write it again"
+        raise refuse(Code.PROBE_NOT_PLAIN, folder / PROVENANCE_FILE, message) from error
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return the content of rora.json, or nothing for an adapter that another tool made."""
-    path = folder / PROVENANCE_FILE
+    """Return the content of rora.json, or nothing for an adapter that another tool made.
+
+    Raises: ArtifactError: it is no JSON object within limits.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        return read_json_file(folder / PROVENANCE_FILE)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path}: holds a {type(content).__name__}, a JSON object is expected")
-    return content
+
+
+def read_chat_template(folder: Path) -> bytes | None:
+    """Return the adapter's own chat template, or None.
+
+    Raises: ArtifactError: it is no file within limits.
+    """
+    path = folder / CHAT_TEMPLATE_FILE
+    try:
+        with open_regular(path, max_bytes=MAX_TEMPLATE_BYTES) as file, reading(path):
+            return file.read()
+    except FileNotFoundError:
+        return None
 
 
 def _weight_bearing(artifact: AdapterArtifact) -> dict[str, Any]:
@@ -78,7 +95,7 @@ def _weight_bearing(artifact: AdapterArtifact) -> dict[str, Any]:
     may stand here: each module's own rank and alpha do.
     """
     config = artifact.config
-    alphas = {name: module_alpha(config, name) for name in artifact.modules}
+    alphas = {name: module.alpha for name, module in artifact.modules.items()}
     targets = config.target_modules
     return {
         "alpha_pattern": {n: a for n, a in alphas.items() if a != float(config.lora_alpha)},

@@ -5,10 +5,7 @@ RoraError
 ├── DataError (ValueError)                 a line of training or evaluation data
 ├── BaseModelError (ValueError)            a base model folder, name or build
 ├── ArtifactError (ValueError)             an adapter folder
-│   ├── ArtifactHeaderError                the header of adapter_model.safetensors
-│   ├── AdapterConfigError                 adapter_config.json
-│   ├── RankMismatchError                  config and tensors disagree on a rank
-│   └── AdapterMismatchError               the adapter does not fit the running base model
+│   └── AdapterMismatchError               the adapter does not fit the base model
 ├── AdapterNameError (ValueError)          a name that breaks the grammar or is reserved
 ├── AdapterNotFoundError (LookupError)     a name, alias or digest that the store does not hold
 ├── StoreError (OSError)                   the store's own files
@@ -18,6 +15,11 @@ RoraError
 A message reads "where: what was found, what was expected; what to do", on one line. Each class also
 inherits the built-in error that it refines, so that callers may catch either.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adapters.problems import Problem
 
 
 class RoraError(Exception):
@@ -37,23 +39,18 @@ class BaseModelError(RoraError, ValueError):
 
 
 class ArtifactError(RoraError, ValueError):
-    """An adapter folder breaks the format."""
+    """An adapter folder breaks the format.
 
+    codes: the rules that it breaks, each once, as docs/format.md lists them.
+    problems: what adapters.problems has to say of each; empty if the rule is not the format's.
+    """
 
-class ArtifactHeaderError(ArtifactError):
-    """The header of a safetensors file is wrong."""
-
-
-class AdapterConfigError(ArtifactError):
-    """adapter_config.json is wrong or asks for something that we do not apply."""
-
-
-class RankMismatchError(ArtifactError):
-    """The configuration and the tensors of an adapter disagree on a rank."""
+    codes: tuple[str, ...] = ()
+    problems: "tuple[Problem, ...]" = ()
 
 
 class AdapterMismatchError(ArtifactError):
-    """An adapter does not fit the base model that runs."""
+    """An adapter does not fit the base model."""
 
 
 class AdapterNameError(RoraError, ValueError):

@@ -1,40 +1,54 @@
 """The factor that multiplies B·A·x: computed per module here, and nowhere else."""
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from adapters.config import AdapterConfig
+from adapters.errors import ArtifactError
+from adapters.folder import CONFIG_FILE
+from adapters.patterns import match_modules
+from adapters.problems import Problem, refusal
 
 
-def matching_key(pattern: Mapping[str, object], module: str) -> str | None:
-    r"""Return the first key of `pattern` that matches `module` by PEFT's rule, or None.
+@dataclass(frozen=True, slots=True)
+class ModuleScaling:
+    """What a configuration says of one module."""
 
-    A key matches if the regular expression `(.*\.)?(key)$` does: the whole module path or a part of
-    it that begins after a dot.
+    rank: int
+    alpha: float
+    scaling: float
 
-    Source: peft 0.21 `utils/other.py: get_pattern_key`.
-    Checked against: PEFT's own function, in tests/adapters/test_scaling.py.
+
+def resolve_scalings(config: AdapterConfig, modules: Sequence[str]) -> dict[str, ModuleScaling]:
+    """Return rank, alpha and scaling of every module of an adapter.
+
+    Raises: ArtifactError: a key of a pattern that matches none of `modules`, or patterns that are
+        too costly to match; all are named.
+    Cost: proportional to modules plus keys, if the keys are module paths.
     """
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
+    resolved: dict[str, dict[str, float]] = {}
+    problems: list[Problem] = []
+    for name in ("rank_pattern", "alpha_pattern"):
+        try:
+            resolved[name] = match_modules(name, getattr(config, name), modules)
+        except ArtifactError as error:
+            problems += error.problems
+    if problems:
+        raise refusal(ArtifactError, CONFIG_FILE, problems)
+    ranks, alphas = resolved["rank_pattern"], resolved["alpha_pattern"]
+    return {
+        module: _scaling(
+            config, int(ranks.get(module, config.rank)), alphas.get(module, config.lora_alpha)
+        )
+        for module in modules
+    }
 
 
-def module_rank(config: AdapterConfig, module: str) -> int:
-    """Return the rank that the configuration declares for `module`."""
-    key = matching_key(config.rank_pattern, module)
-    return config.rank if key is None else config.rank_pattern[key]
-
-
-def module_alpha(config: AdapterConfig, module: str) -> float:
-    """Return the numerator of the scaling of `module`."""
-    key = matching_key(config.alpha_pattern, module)
-    return float(config.lora_alpha if key is None else config.alpha_pattern[key])
-
-
-def module_scaling(config: AdapterConfig, module: str) -> float:
-    """Return the scaling of `module`: alpha / sqrt(rank) with `use_rslora`, else alpha / rank.
+def _scaling(config: AdapterConfig, rank: int, alpha: float) -> ModuleScaling:
+    """Return alpha / sqrt(rank) with `use_rslora`, else alpha / rank.
 
     Source: RoRA, arXiv 2501.04315, the same formula as rsLoRA, arXiv 2312.03732; LoRA 2106.09685.
     """
-    alpha, rank = module_alpha(config, module), module_rank(config, module)
-    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    return ModuleScaling(rank, float(alpha), scaling)

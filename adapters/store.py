@@ -1,79 +1,41 @@
 """AdapterStore: immutable adapter versions by digest, and names that point to them.
 
     store/objects/<version digest>/    an adapter folder, never changed
-    store/names/<name>.json            its versions, oldest first, and its aliases
+    store/names/<name>.json            its versions, oldest first, its aliases and their history
+    store/leases/<digest>.<token>      locked by whoever needs a version, for as long as it does
+    store/incoming/, store/trash/      what is being added and deleted
 
 Every change is written under a temporary name, synced and renamed; changes of one store are made
 one at a time under a file lock, readers need none.
 """
 
-import json
-import logging
-import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
-from adapters.artifact import ADAPTER_FILES, open_artifact
-from adapters.digest import read_provenance, version_digest, weights_digest
-from adapters.errors import AdapterNameError, AdapterNotFoundError, ArtifactError, StoreError
-from adapters.validation import check_artifact_values
-from adapters.writer import replace_file, sync_folder, write_synced
-
-LATEST = "latest"
-MIN_DIGEST_PREFIX = 12
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_RECORD_FORMAT = 1
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Version:
-    """One version of a name.
-
-    Args:
-        digest: version digest, 64 hexadecimal digits: the name of its folder.
-        weights_digest: identity of what it computes; two versions may share it.
-        num_bytes: bytes of its tensors.
-        min_rank, max_rank: over its modules.
-        added: seconds since the epoch, UTC.
-    """
-
-    digest: str
-    weights_digest: str
-    num_bytes: int
-    min_rank: int
-    max_rank: int
-    added: int
-
-
-@dataclass(frozen=True)
-class NameRecord:
-    """What a name holds: versions, oldest first, and aliases by version digest."""
-
-    name: str
-    versions: tuple[Version, ...]
-    aliases: dict[str, str]
-
-    @property
-    def latest(self) -> Version:
-        """The version that the bare name means."""
-        return self.version(self.aliases[LATEST])
-
-    def version(self, digest: str) -> Version:
-        """Return the version of exactly this digest."""
-        found = [version for version in self.versions if version.digest == digest]
-        if not found:
-            raise StoreError(f"adapter {self.name!r}: an alias means {digest!r}, no version of it")
-        return found[0]
+from adapters.artifact import AdapterArtifact, read_folder
+from adapters.digest import version_digest, weights_digest
+from adapters.errors import AdapterNotFoundError, ArtifactError, RoraError, StoreError
+from adapters.name_files import NameFiles
+from adapters.names import (
+    LATEST,
+    MIN_DIGEST_PREFIX,
+    Event,
+    NameHistory,
+    NameRecord,
+    Version,
+    check_alias,
+    check_name,
+    is_name,
+)
+from adapters.objects import Lease, Objects, delete, digests_of
+from adapters.problems import refusal, shown
+from adapters.validation import validate
+from adapters.writer import make_folder
 
 
 @dataclass(frozen=True)
@@ -90,19 +52,19 @@ class ResolvedVersion:
         return f"{self.name}@sha256:{self.version.digest[:MIN_DIGEST_PREFIX]}"
 
 
-def check_name(name: str) -> str:
-    """Return `name` if it may name an adapter.
+@dataclass(frozen=True)
+class Collected:
+    """What a garbage collection took, or would take.
 
-    Raises: AdapterNameError: it breaks the grammar or is reserved.
+    Args:
+        digests: of the versions, sorted.
+        num_bytes: of their files.
+        leased: versions that no name holds and somebody still needs.
     """
-    if not _NAME.fullmatch(name):
-        raise AdapterNameError(
-            f"adapter name {name!r}: 1 to 64 lower-case letters, digits, '.', '_' or '-' are "
-            "expected, beginning with a letter or digit"
-        )
-    if name == LATEST:
-        raise AdapterNameError(f"adapter name {name!r}: reserved for the newest version's alias")
-    return name
+
+    digests: tuple[str, ...]
+    num_bytes: int
+    leased: tuple[str, ...]
 
 
 class AdapterStore:
@@ -114,47 +76,17 @@ class AdapterStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._objects = root / "objects"
-        self._names = root / "names"
+        self._objects = Objects(root, self._locked)
+        self._names = NameFiles(root)
 
-    def add(self, folder: Path, *, name: str) -> ResolvedVersion:
-        """Copy an adapter folder into the store and let `name` and its alias `latest` mean it.
-
-        Adding what a name already holds moves `latest` to it and adds no second version.
-
-        Raises:
-            AdapterNameError: `name` breaks the grammar.
-            ArtifactError: the folder is no adapter; nothing was stored.
-        Cost: reads the adapter twice, writes it once.
-        """
-        check_name(name)
-        # What is wrong with it is said before anything is copied.
-        open_artifact(folder)
-        read_provenance(folder)
-        with self._locked():
-            version = self._store_object(folder)
-            known = self._read_record(name)
-            versions = known.versions if known else ()
-            if all(old.digest != version.digest for old in versions):
-                versions = (*versions, version)
-            aliases = {**(known.aliases if known else {}), LATEST: version.digest}
-            self._write_record(NameRecord(name, versions, aliases))
-        return ResolvedVersion(name, version, self._objects / version.digest)
+    # Reading.
 
     def names(self) -> list[NameRecord]:
-        """Return every name's record, sorted by name; a broken one is logged and left out."""
-        records = []
-        for path in sorted(self._names.glob("*.json")):
-            if not _NAME.fullmatch(path.stem):
-                continue
-            try:
-                record = self._read_record(path.stem)
-            except StoreError as error:
-                logger.warning("%s", error)
-                continue
-            if record is not None:
-                records.append(record)
-        return records
+        """Return every name's record, sorted by name; a broken one is logged and left out.
+
+        Cost: one look at each name's file, and a read of those that changed since the last time.
+        """
+        return self._names.records()
 
     def resolve(self, reference: str) -> ResolvedVersion:
         """Return the version that `name`, `name@alias` or `name@sha256:<digits>` means now.
@@ -164,154 +96,277 @@ class AdapterStore:
         Cost: one small read.
         """
         name, at, wanted = reference.partition("@")
-        record = self._read_record(name) if _NAME.fullmatch(name) else None
-        if record is None:
-            raise AdapterNotFoundError(f"adapter {name!r}: the store holds no such name")
-        version = record.latest if not at else _find_version(record, wanted)
-        return ResolvedVersion(name, version, self._objects / version.digest)
+        record = self._existing(name).record
+        version = record.latest if not at else record.find(wanted)
+        return ResolvedVersion(name, version, self._objects.folder(version.digest))
 
-    def _store_object(self, folder: Path) -> Version:
-        """Copy `folder` to its place by digest, unless it is there whole; return what it is."""
-        # Nobody reads it and we hold the lock, so one name serves all; a crash may have left it.
-        incoming = self._objects / ".incoming"
-        shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir()
-        try:
-            for file_name in ADAPTER_FILES:
-                if (folder / file_name).is_file():
-                    write_synced(incoming / file_name, _read_file(folder / file_name))
-            sync_folder(incoming)
-            # The digest is of the copy: the source may change under us.
-            artifact = open_artifact(incoming)
-            check_artifact_values(artifact)
+    def record(self, name: str) -> NameRecord:
+        """Return what a name holds.
+
+        Raises: AdapterNotFoundError: no such name.
+        """
+        return self._existing(name).record
+
+    def history(self, name: str) -> tuple[Event, ...]:
+        """Return the moves of a name's aliases, oldest first, the last 1000 of them.
+
+        Raises: AdapterNotFoundError: no such name.
+        """
+        return self._existing(name).events
+
+    def lease(self, resolved: ResolvedVersion) -> Lease:
+        """Return a lease that keeps a version's folder from garbage collection.
+
+        Raises:
+            AdapterNotFoundError: it was collected since it was resolved.
+            StoreError: the store can not be written.
+        """
+        with self._locked():
+            lease = self._objects.lease(resolved.version.digest)
+            if not resolved.folder.is_dir():
+                lease.release()
+                raise AdapterNotFoundError(
+                    f"{resolved.public_id}: was removed from the store; resolve it again"
+                )
+        return lease
+
+    # Changing.
+
+    def add(self, folder: Path, *, name: str, alias: str = LATEST) -> ResolvedVersion:
+        """Copy an adapter folder into the store and let `name` and `alias` of it mean it.
+
+        Adding what a name already holds moves the alias to it and adds no second version. A name's
+        first version is its `latest`, whatever the alias.
+
+        Raises:
+            AdapterNameError: `name` or `alias` breaks the grammar.
+            ArtifactError: every rule that the folder breaks; nothing was stored.
+            StoreError: the store can not be written.
+        Cost: reads the adapter three times, writes it once; others wait only while it is renamed.
+        """
+        check_name(name)
+        check_alias(alias)
+        # What is wrong with it is said before anything is copied.
+        if read_folder(folder)[1]:
+            raise refusal(ArtifactError, folder, validate(folder).problems)
+        with self._writing(), self._objects.incoming(folder) as incoming:
+            # All is said of the copy: the source may change under us.
+            artifact = _checked(incoming, folder)
             weights = weights_digest(artifact)
             digest = version_digest(weights, incoming)
-            target = self._objects / digest
-            if _is_whole(target, weights):
-                _check_same_base(target, incoming)
-            else:
-                shutil.rmtree(target, ignore_errors=True)
-                incoming.rename(target)
-                sync_folder(self._objects)
-        finally:
-            shutil.rmtree(incoming, ignore_errors=True)
-        ranks = [module.rank for module in artifact.modules.values()]
-        return Version(
-            digest=digest,
-            weights_digest=weights,
-            num_bytes=artifact.num_bytes,
-            min_rank=min(ranks),
-            max_rank=max(ranks),
-            added=int(time.time()),
-        )
+            ranks = [module.rank for module in artifact.modules.values()]
+            version = Version(
+                digest=digest,
+                weights_digest=weights,
+                num_bytes=artifact.num_bytes,
+                min_rank=min(ranks),
+                max_rank=max(ranks),
+                added=int(time.time()),
+            )
+            is_whole = self._objects.is_whole(digest)
+            with self._locked():
+                self._objects.place(incoming, digest, is_whole=is_whole)
+                self._add_version(name, version, alias)
+        return ResolvedVersion(name, version, self._objects.folder(digest))
 
-    def _read_record(self, name: str) -> NameRecord | None:
-        path = self._names / f"{name}.json"
-        try:
-            content = json.loads(path.read_bytes())
-            if content["format"] != _RECORD_FORMAT:
-                raise StoreError(
-                    f"{path}: format {content['format']}, {_RECORD_FORMAT} is expected; "
-                    "this store was written by another version"
+    def set_alias(self, reference: str, alias: str) -> ResolvedVersion:
+        """Let `alias` of a name mean the version that `reference` means.
+
+        Raises:
+            AdapterNameError: `alias` breaks the grammar.
+            AdapterNotFoundError: no such name or version.
+        """
+        check_alias(alias)
+        name, at, wanted = reference.partition("@")
+        with self._locked():
+            history = self._existing(name)
+            version = history.record.latest if not at else history.record.find(wanted)
+            self._names.write(history.moved(alias, version.digest, action="alias", at=_now()))
+        return ResolvedVersion(name, version, self._objects.folder(version.digest))
+
+    def rollback(self, name: str, alias: str = LATEST) -> ResolvedVersion:
+        """Let `alias` mean what it meant before; a second rollback goes one step further back.
+
+        Raises: AdapterNotFoundError: no such name or alias, or it has not meant anything else.
+        """
+        with self._locked():
+            history = self._existing(name)
+            history.record.find(alias)
+            previous = history.previous(alias)
+            if previous is None:
+                raise AdapterNotFoundError(
+                    f"adapter {name!r}: alias {alias!r} has no earlier version to go back to"
                 )
-            versions = tuple(_parse_version(version) for version in content["versions"])
-            record = NameRecord(name, versions, content["aliases"])
-            for digest in (record.aliases[LATEST], *record.aliases.values()):
-                record.version(digest)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except StoreError:
-            raise
-        except OSError as error:
-            raise StoreError(f"{path}: can not be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise StoreError(f"{path}: not a record of versions and aliases ({error})") from error
-        return record
+            version = history.record.version(previous)
+            self._names.write(history.moved(alias, previous, action="rollback", at=_now()))
+        return ResolvedVersion(name, version, self._objects.folder(previous))
 
-    def _write_record(self, record: NameRecord) -> None:
-        self._names.mkdir(parents=True, exist_ok=True)
-        content = {
-            "format": _RECORD_FORMAT,
-            "versions": [asdict(version) for version in record.versions],
-            "aliases": record.aliases,
-        }
-        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        replace_file(self._names / f"{record.name}.json", text.encode())
+    def remove(self, reference: str, *, force: bool = False) -> None:
+        """Remove a name, one version of it (`name@sha256:…`) or an alias (`name@alias`).
+
+        Files stay until `collect_garbage`. An alias other than `latest` goes without force.
+
+        Raises:
+            AdapterNotFoundError: no such name, version or alias.
+            StoreError: without force: an alias means the version, the name has aliases besides
+                `latest`, or somebody holds a lease on one of its versions; with force: the last
+                version of a name, or its alias `latest`.
+        """
+        name, at, wanted = reference.partition("@")
+        with self._locked():
+            history = self._existing(name)
+            if not at:
+                self._remove_name(history.record, force=force)
+            elif ":" in wanted:
+                self._remove_version(history, history.record.find(wanted), force=force)
+            else:
+                history.record.find(wanted)
+                if wanted == LATEST:
+                    raise StoreError(
+                        f"adapter {name!r}: alias 'latest' is what the bare name means; remove "
+                        "the name or move the alias"
+                    )
+                self._names.write(history.without_alias(wanted, at=_now()))
+
+    def collect_garbage(
+        self, *, keep_versions: int | None = None, dry_run: bool = False
+    ) -> Collected:
+        """Delete versions that no name holds and nobody leases, and what crashes left behind.
+
+        Args:
+            keep_versions: also drop a name's versions beyond this many newest, except those that an
+                alias means or somebody leases.
+            dry_run: only say what would be deleted.
+        Raises: StoreError: a name's file is broken, so that what it needs is not known.
+        """
+        with self._locked():
+            leased = self._objects.leased()
+            held: set[str] = set()
+            for name in self._names.names():
+                history = self._names.read(name)
+                if history is None:
+                    continue
+                kept = _kept(history.record, keep_versions, leased)
+                if not dry_run and len(kept) < len(history.record.versions):
+                    self._names.write(history.with_versions(kept))
+                held |= {version.digest for version in kept}
+            unheld = [digest for digest in self._objects.digests() if digest not in held]
+            garbage = [digest for digest in unheld if digest not in leased]
+            num_bytes = sum(map(self._objects.num_bytes, garbage))
+            trash: list[Path] = []
+            if not dry_run:
+                trash += map(self._objects.to_trash, garbage)
+                trash += self._objects.left_behind() + self._names.left_behind()
+        delete(trash)
+        return Collected(tuple(garbage), num_bytes, tuple(d for d in unheld if d in leased))
+
+    # Parts of a change; the caller holds the lock.
+
+    def _add_version(self, name: str, version: Version, alias: str) -> None:
+        history = self._names.read(name) or NameHistory(NameRecord(name, (), {}))
+        known = history.record.versions
+        if all(old.digest != version.digest for old in known):
+            history = history.with_versions((*known, version))
+        aliases = [alias] if LATEST in history.record.aliases else [LATEST, alias]
+        for moved in aliases:
+            history = history.moved(moved, version.digest, action="add", at=_now())
+        self._names.write(history)
+
+    def _remove_name(self, record: NameRecord, *, force: bool) -> None:
+        others = sorted(set(record.aliases) - {LATEST})
+        if others and not force:
+            raise StoreError(
+                f"adapter {record.name!r}: has the aliases {', '.join(others)}; remove them first, "
+                "or force it"
+            )
+        self._check_not_leased(record.name, record.versions, force=force)
+        self._names.delete(record.name)
+
+    def _remove_version(self, history: NameHistory, version: Version, *, force: bool) -> None:
+        record = history.record
+        meaning = sorted(
+            alias for alias, means in record.aliases.items() if means == version.digest
+        )
+        if meaning and not force:
+            raise StoreError(
+                f"adapter {record.name!r}: sha256:{version.digest[:MIN_DIGEST_PREFIX]} is what "
+                f"{', '.join(meaning)} means; move the alias first, or force it"
+            )
+        self._check_not_leased(record.name, (version,), force=force)
+        left = tuple(other for other in record.versions if other.digest != version.digest)
+        if not left:
+            raise StoreError(
+                f"adapter {record.name!r}: sha256:{version.digest[:MIN_DIGEST_PREFIX]} is its last "
+                "version; remove the name"
+            )
+        for alias in meaning:
+            if alias == LATEST:
+                previous = history.with_versions(left).previous(LATEST) or left[-1].digest
+                history = history.moved(LATEST, previous, action="remove", at=_now())
+            else:
+                history = history.without_alias(alias, at=_now())
+        self._names.write(history.with_versions(left))
+
+    def _check_not_leased(self, name: str, versions: tuple[Version, ...], *, force: bool) -> None:
+        leased = self._objects.leased() & {version.digest for version in versions}
+        if leased and not force:
+            raise StoreError(
+                f"adapter {name!r}: sha256:{min(leased)[:MIN_DIGEST_PREFIX]} is in use by a "
+                "running server; stop it or unload the adapter first, or force it"
+            )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        try:
-            self._objects.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            make_folder(self.root)
             with FileLock(self.root / ".lock"):
                 yield
-        except (ArtifactError, StoreError):
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except RoraError:
             raise
         except OSError as error:
             raise StoreError(
                 f"{self.root}: can not be written ({error.strerror}); name a folder that is yours"
             ) from error
 
-
-def _parse_version(entry: dict[str, Any]) -> Version:
-    version = Version(**entry)
-    for digest in (version.digest, version.weights_digest):
-        if not _DIGEST.fullmatch(digest):
-            raise ValueError(f"{digest!r} is no sha256")
-    if not all(isinstance(entry[key], int) for key in entry if not key.endswith("digest")):
-        raise ValueError("a count is no integer")
-    return version
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{path}: can not be read ({error.strerror})") from error
-
-
-def _is_whole(target: Path, weights: str) -> bool:
-    """Tell whether an object is there and still holds the weights that its name promises."""
-    try:
-        return target.is_dir() and weights_digest(open_artifact(target)) == weights
-    except ArtifactError:
-        return False
-
-
-def _check_same_base(stored: Path, given: Path) -> None:
-    """Refuse weights that are stored already and now claim another base model.
-
-    A version keeps the rora.json that it came with, so the new claim would be lost.
-    """
-    claims = [read_provenance(folder).get("base_model") for folder in (stored, given)]
-    if claims[1] is not None and claims[0] != claims[1]:
-        raise ArtifactError(
-            f"rora.json: names base model {claims[1]}, the store holds these very weights with "
-            f"{claims[0]}; add the folder that is right to a store of its own"
-        )
+    def _existing(self, name: str) -> NameHistory:
+        history = self._names.read(name) if is_name(name) else None
+        if history is None:
+            raise AdapterNotFoundError(f"adapter {shown(name)!r}: the store holds no such name")
+        return history
 
 
 def verify(resolved: ResolvedVersion) -> None:
-    """See that a version's folder still holds the weights that its digest promises.
+    """See that a version's folder still holds what its digest promises.
 
     Raises: ArtifactError: it was changed, damaged or removed since it was stored.
     Cost: reads every tensor once.
     """
-    if weights_digest(open_artifact(resolved.folder)) != resolved.version.weights_digest:
+    if digests_of(resolved.folder) != (resolved.version.weights_digest, resolved.version.digest):
         raise ArtifactError(
-            f"{resolved.folder}: weights differ from those that were stored; add the adapter again"
+            f"{resolved.folder}: differs from what was stored; add the adapter again"
         )
 
 
-def _find_version(record: NameRecord, wanted: str) -> Version:
-    algorithm, colon, digits = wanted.partition(":")
-    if not colon:
-        if wanted not in record.aliases:
-            raise AdapterNotFoundError(f"adapter {record.name!r}: no alias {wanted!r}")
-        return record.version(record.aliases[wanted])
-    found = [version for version in record.versions if version.digest.startswith(digits)]
-    if algorithm != "sha256" or len(digits) < MIN_DIGEST_PREFIX or len(found) != 1:
-        raise AdapterNotFoundError(
-            f"adapter {record.name!r}: {len(found)} versions begin with {wanted!r}; 'sha256:' and "
-            f"at least {MIN_DIGEST_PREFIX} digits of one version are expected"
-        )
-    return found[0]
+def _checked(incoming: Path, given: Path) -> AdapterArtifact:
+    """Return the adapter in `incoming`, a copy of the folder that the user gave."""
+    validation = validate(incoming)
+    if validation.problems or validation.artifact is None:
+        raise refusal(ArtifactError, given, validation.problems)
+    return validation.artifact
+
+
+def _kept(record: NameRecord, keep: int | None, leased: set[str]) -> tuple[Version, ...]:
+    if keep is None:
+        return record.versions
+    newest = {version.digest for version in record.versions[max(len(record.versions) - keep, 0) :]}
+    needed = newest | set(record.aliases.values()) | leased
+    return tuple(version for version in record.versions if version.digest in needed)
+
+
+def _now() -> int:
+    return int(time.time())

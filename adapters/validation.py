@@ -1,14 +1,64 @@
-"""Rules on the numbers in an adapter's factors; names and shapes are adapters/artifact.py's."""
+"""Every rule that an adapter must keep before it is stored: all broken ones at once.
+
+Rules on files, names and shapes are adapters/artifact.py's; those on numbers, and what only a
+whole check can say, are here.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
-from adapters.artifact import AdapterArtifact, Array, LoraModule
+from adapters.artifact import AdapterArtifact, LoraModule, read_folder
+from adapters.digest import check_probe
 from adapters.errors import ArtifactError
+from adapters.folder import MAX_FILE_BYTES
+from adapters.limits import MAX_DELTA_BOUND, MAX_LORA_RANK
+from adapters.patterns import targeted
+from adapters.problems import Code, Problem, refusal, shown
+from adapters.tensors import NUMPY_DTYPES, Array
 
-# Far above what training gives (hundreds), far below what overflows float32 on its way through a
-# model. Overflow is not the adapter's problem alone: not-a-number in the key-value cache stays in
-# its blocks and reaches whoever gets them next.
-MAX_DELTA_BOUND = 1e6
+_MAX_NOTED_FILES = 10
+_CHUNK_NUMBERS = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a check found.
+
+    Args:
+        artifact: the adapter, if there is enough of one to look at.
+        problems: broken rules; none if it may be stored.
+        notes: what is no mistake and yet worth knowing.
+    """
+
+    artifact: AdapterArtifact | None
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+
+def validate(folder: Path) -> Validation:
+    """Check an adapter folder against every rule of docs/format.md.
+
+    Cost: reads every tensor once, 1 MiB at a time.
+    """
+    artifact, problems = read_folder(folder)
+    notes = _other_files(folder)
+    if artifact is not None:
+        problems += _rank_problems(artifact)
+        try:
+            found, dead = _value_problems(artifact)
+            problems += found
+            check_probe(folder)
+        except ArtifactError as error:  # the file changed under us, or rora.json is broken
+            problems += error.problems
+        else:
+            notes += _notes(artifact, dead)
+    return Validation(artifact, tuple(problems), tuple(notes))
 
 
 def check_values(module: LoraModule, lora_a: Array, lora_b: Array) -> None:
@@ -21,33 +71,104 @@ def check_values(module: LoraModule, lora_a: Array, lora_b: Array) -> None:
     Raises: ArtifactError: NaN or infinity, or scaling * |A| * |B| (Frobenius norms), which bounds
         the delta, above 1e6.
     """
-    for side, factor in (("A", lora_a), ("B", lora_b)):
-        if not np.isfinite(factor).all():
-            raise ArtifactError(
-                f"{module.name}: lora_{side} holds NaN or infinity, finite numbers are expected; "
-                "train again with a lower learning rate"
+    norms = [_norm(_pieces(factor)) for factor in (lora_a, lora_b)]
+    problem = _norm_problem(module, *norms)
+    if problem is not None:
+        raise refusal(ArtifactError, "weights", [problem])
+
+
+def _value_problems(artifact: AdapterArtifact) -> tuple[list[Problem], list[str]]:
+    """Return what is wrong with the numbers, and the modules whose delta is zero."""
+    norms: dict[str, dict[str, float]] = {}
+    for module, tensor, chunks in artifact.read_chunks():
+        dtype = NUMPY_DTYPES[tensor.dtype]
+        pieces = (np.frombuffer(chunk, dtype) for chunk in chunks)
+        norms.setdefault(module.name, {})[tensor.name] = _norm(pieces)
+    problems, dead = [], []
+    for name, module in artifact.modules.items():
+        norm_a, norm_b = (norms[name][t.name] for t in (module.lora_a, module.lora_b))
+        problem = _norm_problem(module, norm_a, norm_b)
+        if problem is not None:
+            problems.append(problem)
+        elif norm_a * norm_b == 0:
+            dead.append(name)
+    if dead and len(dead) == len(artifact.modules):
+        message = (
+            "every delta is zero, so that it would answer as the base model; train it before you "
+            "store it"
+        )
+        problems.append(Problem(Code.DELTA_ZERO, artifact.weights_path.name, message))
+    return problems, dead
+
+
+def _norm_problem(module: LoraModule, norm_a: float, norm_b: float) -> Problem | None:
+    for side, norm in (("A", norm_a), ("B", norm_b)):
+        if not math.isfinite(norm):
+            message = (
+                f"lora_{side} holds NaN or infinity, finite numbers are expected; train again with "
+                "a lower learning rate"
             )
-    norms = [float(np.linalg.norm(factor.astype(np.float64))) for factor in (lora_a, lora_b)]
-    bound = module.scaling * norms[0] * norms[1]
+            return Problem(Code.VALUES_NOT_FINITE, module.name, message)
+    bound = module.scaling * norm_a * norm_b
     if not bound <= MAX_DELTA_BOUND:
-        raise ArtifactError(
-            f"{module.name}: scaling * |A| * |B| is {bound:.3g}, at most {MAX_DELTA_BOUND:g} is "
-            "expected; check lora_alpha and train again"
+        message = (
+            f"scaling * |A| * |B| is {bound:.3g}, at most {MAX_DELTA_BOUND:g} is expected; check "
+            "lora_alpha and train again"
         )
+        return Problem(Code.VALUES_TOO_LARGE, module.name, message)
+    return None
 
 
-def check_artifact_values(artifact: AdapterArtifact) -> None:
-    """Refuse an adapter whose numbers can not be served, or that does nothing.
+def _norm(pieces: Iterable[Array]) -> float:
+    """Return the Frobenius norm, NaN or infinity if a number is; squares can not overflow."""
+    total = 0.0
+    for piece in pieces:
+        wide = piece.astype(np.float64)
+        total += float(np.dot(wide, wide))
+    return math.sqrt(total) if total >= 0 else math.nan
 
-    Raises: ArtifactError: as in `check_values`, or every lora_B is zero.
-    Cost: reads every tensor once.
-    """
-    is_dead = True
-    for module, lora_a, lora_b in artifact.read_tensors():
-        check_values(module, lora_a, lora_b)
-        is_dead = is_dead and not (lora_a.any() and lora_b.any())
-    if is_dead:
-        raise ArtifactError(
-            f"{artifact.folder}: every delta is zero, so that it would answer as the base model; "
-            "train it before you store it"
+
+def _pieces(factor: Array) -> Iterator[Array]:
+    flat = factor.reshape(-1)
+    for start in range(0, flat.size, _CHUNK_NUMBERS):
+        yield flat[start : start + _CHUNK_NUMBERS]
+
+
+def _rank_problems(artifact: AdapterArtifact) -> list[Problem]:
+    message = f"rank {{}}, at most {MAX_LORA_RANK} is served; compact the adapter"
+    return [
+        Problem(Code.RANK_TOO_LARGE, module.name, message.format(module.rank))
+        for module in artifact.modules.values()
+        if module.rank > MAX_LORA_RANK
+    ]
+
+
+def _notes(artifact: AdapterArtifact, dead: list[str]) -> list[str]:
+    notes = []
+    if dead:
+        notes.append(
+            f"{len(dead)} of {len(artifact.modules)} modules have a delta of zero, as {dead[0]}"
         )
+    targets = artifact.config.target_modules
+    names = list(artifact.modules)
+    if not isinstance(targets, str):
+        idle = [target for target in targets if not targeted((target,), names)]
+        if idle:
+            listed = ", ".join(map(shown, idle[:5]))
+            notes.append(f"target_modules names nothing that the file holds: {listed}")
+    return notes
+
+
+def _other_files(folder: Path) -> list[str]:
+    """Note files of a checkpoint that are none of ours; their names alone are looked at."""
+    try:
+        with os.scandir(folder) as entries:
+            listed = islice((entry.name for entry in entries), 10_000)
+            others = sorted(name for name in listed if name not in MAX_FILE_BYTES)
+    except OSError:
+        return []
+    if not others:
+        return []
+    more = f" and {len(others) - _MAX_NOTED_FILES} more" if len(others) > _MAX_NOTED_FILES else ""
+    listed_names = ", ".join(map(shown, others[:_MAX_NOTED_FILES]))
+    return [f"never opened and not stored: {listed_names}{more}"]

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from adapters.artifact import NUMPY_DTYPES, PROVENANCE_FILE, WEIGHTS_FILE
-from adapters.config import CONFIG_FILE, AdapterConfig
+from adapters.config import AdapterConfig
 from adapters.errors import ArtifactError
+from adapters.folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
+from adapters.tensors import NUMPY_DTYPES
 
 FactorPair = tuple[NDArray[Any], NDArray[Any]]
 
@@ -30,6 +31,8 @@ def write_artifact(
     factors: Mapping[str, FactorPair],
     *,
     provenance: Mapping[str, Any],
+    embeddings: Collection[str] = (),
+    chat_template: bytes | None = None,
 ) -> None:
     """Write an adapter folder; `folder` appears complete or not at all.
 
@@ -41,6 +44,9 @@ def write_artifact(
         factors: per module (without PEFT's prefix) A [rank, in_features] and B [out_features,
             rank], float32, float16 or ml_dtypes' bfloat16, not scaled.
         provenance: content of rora.json.
+        embeddings: those of `factors` that are of embeddings: A [rank, vocabulary], B [hidden,
+            rank].
+        chat_template: content of the adapter's own template.
     Raises: ArtifactError: the folder exists, or a dtype can not be stored.
     """
     tensors = {}
@@ -51,7 +57,10 @@ def write_artifact(
                     f"{module}: lora_{side} is {factor.dtype}, "
                     "float32, float16 or bfloat16 is expected"
                 )
-            name = f"base_model.model.{module}.lora_{side}.weight"
+            factor_name = (
+                f"lora_embedding_{side}" if module in embeddings else f"lora_{side}.weight"
+            )
+            name = f"base_model.model.{module}.{factor_name}"
             tensors[name] = np.ascontiguousarray(factor)
     with new_folder(folder) as temporary:
         # "pt" is what transformers and PEFT ask of a file before they open it.
@@ -60,6 +69,8 @@ def write_artifact(
         config_text = json.dumps(config.to_peft(), indent=2, ensure_ascii=False) + "\n"
         write_synced(temporary / CONFIG_FILE, config_text.encode())
         write_synced(temporary / PROVENANCE_FILE, _json_bytes(provenance))
+        if chat_template is not None:
+            write_synced(temporary / CHAT_TEMPLATE_FILE, chat_template)
 
 
 def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:
@@ -75,7 +86,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists():
         raise ArtifactError(f"{folder}: exists already, a new folder is expected; name another one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     temporary = _temporary_name(folder)
     temporary.mkdir()
     try:
@@ -105,10 +116,23 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def write_synced(path: Path, content: bytes) -> None:
     """Write a file and wait until the disk has it."""
+    write_chunks(path, [content])
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file piece by piece and wait until the disk has it."""
     with path.open("wb") as file:
-        file.write(content)
+        file.writelines(chunks)
         file.flush()
         os.fsync(file.fileno())
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, unless it is there, and wait until the disk has it."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

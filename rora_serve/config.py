@@ -4,9 +4,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# vLLM checks adapters against the highest of its list of ranks; we refuse more in words.
-MAX_LORA_RANK = 512
-
 
 class ServeConfig(BaseModel):
     """Settings of one server, from serve.toml and flags of the same names."""

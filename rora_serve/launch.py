@@ -16,7 +16,8 @@ import psutil
 from adapters import AdapterStore, open_artifact
 from adapters.base_model import chat_template, fingerprint
 from adapters.errors import ConfigError, EngineSeamError
-from rora_serve.config import MAX_LORA_RANK, ServeConfig
+from adapters.limits import MAX_LORA_RANK
+from rora_serve.config import ServeConfig
 from rora_serve.engine.platform_plugin import SEAM_FLAG
 from rora_serve.models import ModelDirectory, ServedBase, check_names
 

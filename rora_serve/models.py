@@ -5,15 +5,19 @@ neither HTTP nor vLLM's classes, so that all of it can be tested without an engi
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import AdapterStore, ResolvedVersion
-from adapters.artifact import CHAT_TEMPLATE_FILE
 from adapters.digest import read_provenance
-from adapters.errors import AdapterMismatchError, AdapterNameError, ArtifactError
+from adapters.errors import AdapterMismatchError, AdapterNameError, ArtifactError, StoreError
+from adapters.folder import CHAT_TEMPLATE_FILE
+from adapters.objects import Lease
 from adapters.store import verify
+
+logger = logging.getLogger(__name__)
 
 # (lora_int_id, folder) -> {"num_bytes": n} or {"error": text}, from the worker.
 LoadInEngine = Callable[[int, str], Awaitable[dict[str, object]]]
@@ -105,8 +109,9 @@ class ModelDirectory:
         self._base = base
         self._load_in_engine = load_in_engine
         self._ids: dict[str, int] = {}
-        self._fits: set[str] = set()
         self._loads: dict[str, asyncio.Task[None]] = {}
+        # Of the versions that fit, by digest; None where the store can not be written.
+        self._leases: dict[str, Lease | None] = {}
 
     async def open(self, model: str) -> ServedAdapter | None:
         """Return the adapter that `model` means, loaded in the engine; None is the base model.
@@ -125,9 +130,8 @@ class ModelDirectory:
         served = ServedAdapter(model, resolved, self._ids.setdefault(weights, len(self._ids) + 1))
         # Of each version: two of them may share weights and differ in their templates.
         digest = resolved.version.digest
-        if digest not in self._fits:
-            await asyncio.to_thread(self._check_version, resolved)
-            self._fits.add(digest)
+        if digest not in self._leases:
+            await asyncio.to_thread(self._admit, resolved)
         load = self._loads.get(weights)
         if load is None:
             load = asyncio.create_task(self._load(served))
@@ -135,6 +139,27 @@ class ModelDirectory:
         # One client that hangs up must not cancel the load that others wait for.
         await asyncio.shield(load)
         return served
+
+    def _admit(self, resolved: ResolvedVersion) -> None:
+        """Check a version, and keep it from garbage collection while this process runs."""
+        lease = self._lease(resolved)
+        try:
+            self._check_version(resolved)
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        known = self._leases.setdefault(resolved.version.digest, lease)
+        if known is not lease and lease is not None:  # two first requests at once
+            lease.release()
+
+    def _lease(self, resolved: ResolvedVersion) -> Lease | None:
+        try:
+            return self.store.lease(resolved)
+        except StoreError as error:
+            # A store that is mounted to be read: whoever writes it has to know what runs.
+            logger.warning("no lease on %s: %s", resolved.public_id, error)
+            return None
 
     def _check_version(self, resolved: ResolvedVersion) -> None:
         """Refuse a version that is for something else, or is no longer what was stored."""

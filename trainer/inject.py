@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapters import AdapterArtifact, AdapterConfig, module_rank, module_scaling
+from adapters import AdapterArtifact, AdapterConfig, resolve_scalings
 from adapters.config import ALL_LINEAR
 from adapters.errors import AdapterMismatchError, ConfigError
+from adapters.validation import check_values
 from trainer.lora_linear import LoraLinear
 
 
@@ -59,12 +60,13 @@ def inject(
     sizes = {name: linear_sizes(module) for name, module in modules.items()}
     model.requires_grad_(requires_grad=False)
     layers = {}
+    scalings = resolve_scalings(config, list(modules))
     for name, module in modules.items():
         layers[name] = LoraLinear(
             module,
             *sizes[name],
-            rank=module_rank(config, name),
-            scaling=module_scaling(config, name),
+            rank=scalings[name].rank,
+            scaling=scalings[name].scaling,
             dropout=dropout,
             generator=generator,
         )
@@ -77,11 +79,12 @@ def check_ranks(modules: dict[str, nn.Module], config: AdapterConfig) -> None:
 
     Raises: ConfigError: a rank above a module's smaller side.
     """
+    scalings = resolve_scalings(config, list(modules))
     for name, module in modules.items():
         in_features, out_features = linear_sizes(module)
-        if module_rank(config, name) > min(in_features, out_features):
+        if scalings[name].rank > min(in_features, out_features):
             raise ConfigError(
-                f"adapter.rank: {module_rank(config, name)} is above "
+                f"adapter.rank: {scalings[name].rank} is above "
                 f"{min(in_features, out_features)}, the smaller side of {name} "
                 f"[{out_features}, {in_features}]; choose a lower rank"
             )
@@ -90,8 +93,9 @@ def check_ranks(modules: dict[str, nn.Module], config: AdapterConfig) -> None:
 def inject_artifact(model: PreTrainedModel, artifact: AdapterArtifact) -> dict[str, LoraLinear]:
     """Put an adapter folder's weights into `model`, without gradients.
 
-    Raises: AdapterMismatchError: a module that the model lacks, or whose sizes differ; all are
-        named.
+    Raises:
+        AdapterMismatchError: a module that the model lacks, or whose sizes differ; all are named.
+        ArtifactError: numbers that can not be served.
     """
     available = target_modules(model, (ALL_LINEAR,))
     problems = []
@@ -113,6 +117,7 @@ def inject_artifact(model: PreTrainedModel, artifact: AdapterArtifact) -> dict[s
         generator=torch.Generator(),
     )
     for module, lora_a, lora_b in artifact.read_tensors():
+        check_values(module, lora_a, lora_b)
         layer = layers[module.name]
         layer.lora_a.data.copy_(torch.from_numpy(lora_a.astype(np.float32)))
         layer.lora_b.data.copy_(torch.from_numpy(lora_b.astype(np.float32)))

@@ -17,7 +17,7 @@ class LoraLinear(nn.Module):
         base: the frozen layer, [.., in_features] -> [.., out_features].
         in_features, out_features: its sizes.
         rank: rows of A and columns of B.
-        scaling: of this module, from adapters.module_scaling.
+        scaling: of this module, from adapters.resolve_scalings.
         dropout: probability of dropping an input of A, in training only.
         generator: source of A's initial values, on the CPU.
     Source: LoRA, arXiv 2106.09685; RoRA, arXiv 2501.04315, is the same layer with another scaling.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from adapters import LoraModule, open_artifact
-from adapters.artifact import Array
 from adapters.errors import AdapterMismatchError
+from adapters.limits import MAX_LORA_RANK
+from adapters.tensors import Array
 from adapters.validation import check_values
-from rora_serve.config import MAX_LORA_RANK
 from rora_serve.engine.ragged_layers import Factors
 
 

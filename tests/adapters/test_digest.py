@@ -7,7 +7,6 @@ from safetensors.numpy import load_file, save_file
 
 from adapters import (
     AdapterConfig,
-    module_scaling,
     open_artifact,
     version_digest,
     weights_digest,
@@ -92,16 +91,16 @@ def test_the_order_of_patterns_survives_writing(tmp_path: Path) -> None:
     write_artifact(tmp_path / "a", config, factors, provenance={})
     read = open_artifact(tmp_path / "a")
     assert list(read.config.alpha_pattern) == list(patterns)
-    assert read.modules["a.q"].scaling == module_scaling(config, "a.q") == 0.5
+    assert read.modules["a.q"].scaling == 0.5
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "not readable"),
+        (b"{", "not JSON"),
         (b"[]", "holds a list"),
-        (b'{"probe": NaN}', "probe is not plain JSON"),
-        (b'{"probe": "\\ud800"}', "probe is not plain JSON"),
+        (b'{"probe": NaN}', "probe holds what JSON does not have"),
+        (b'{"probe": "\\ud800"}', "half of a character"),
     ],
 )
 def test_a_broken_provenance_is_refused(adapter: Path, content: bytes, message: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from adapters.errors import ArtifactHeaderError
+from adapters.errors import ArtifactError
 from adapters.header import read_header
 
 GOOD = save({"b": np.ones((2, 3), np.float32), "a": np.zeros(4, np.float16)})
@@ -41,22 +41,22 @@ def test_header_longer_than_the_file_is_refused_unread(tmp_path: Path, claimed: 
     """The length field is compared with the file size before anything is allocated."""
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(claimed.to_bytes(8, "little") + b"{}")
-    with pytest.raises(ArtifactHeaderError, match=f"header claims {claimed} bytes, 2 follow"):
+    with pytest.raises(ArtifactError, match=f"header claims {claimed} bytes, 2 follow"):
         read_header(path)
 
 
 @pytest.mark.parametrize(
     ("header", "data", "message"),
     [
-        (b"{", b"", "not UTF-8 JSON"),
-        (b"\xff\xff", b"", "not UTF-8 JSON"),
-        (b"[" * 50_000, b"", "not UTF-8 JSON"),
-        ([], b"", "header is a list"),
-        (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"]}}", b"", "not UTF-8 JSON"),
+        (b"{", b"", "not JSON"),
+        (b"\xff\xff", b"", "not UTF-8"),
+        (b"[" * 50_000, b"", "not JSON"),
+        ([], b"", "header: holds a list"),
+        (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"]}}", b"", "not JSON"),
         ({"a": entry(dtype=["F32"])}, b"1234", "is unknown"),
         ({"a": entry(shape=[1] * 9)}, b"1234", "at most 8 sizes"),
         ({"a": {}}, b"", "dtype, shape and data_offsets are expected"),
-        ({"a": entry(dtype="F4")}, b"1234", "dtype 'F4' is unknown"),
+        ({"a": entry(dtype="F4")}, b"1234", "dtype F4 is unknown"),
         ({"a": entry(shape=[-1])}, b"1234", r"shape \[-1\]"),
         ({"a": entry(shape=[True])}, b"1234", r"shape \[True\]"),
         ({"a": entry(shape="1")}, b"1234", "shape 1, at most 8 sizes"),
@@ -72,21 +72,21 @@ def test_header_longer_than_the_file_is_refused_unread(tmp_path: Path, claimed: 
 def test_a_wrong_frame_is_refused(
     tmp_path: Path, header: object, data: bytes, message: str
 ) -> None:
-    with pytest.raises(ArtifactHeaderError, match=message):
+    with pytest.raises(ArtifactError, match=message):
         read_header(write(tmp_path, header, data))
 
 
 def test_a_file_shorter_than_its_length_field_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "short"
     path.write_bytes(b"1234567")
-    with pytest.raises(ArtifactHeaderError, match="7 bytes, a safetensors file begins with"):
+    with pytest.raises(ArtifactError, match="7 bytes, a safetensors file begins with"):
         read_header(path)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactHeaderError, match="no such file"):
+    with pytest.raises(ArtifactError, match="no such file"):
         read_header(tmp_path / "nowhere")
-    with pytest.raises(ArtifactHeaderError, match="can not be read"):
+    with pytest.raises(ArtifactError, match="can not be read"):
         read_header(tmp_path)
 
 
@@ -103,6 +103,6 @@ def test_a_damaged_file_is_read_or_refused_but_never_crashes(
     path.write_bytes(damaged[: len(damaged) - cut])
     try:
         tensors = read_header(path)
-    except ArtifactHeaderError:
+    except ArtifactError:
         return
     assert all(t.start <= t.stop <= path.stat().st_size for t in tensors.values())

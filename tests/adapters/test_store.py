@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from adapters import AdapterStore, open_artifact
+from adapters import AdapterConfig, AdapterStore, open_artifact, write_artifact
 from adapters.errors import AdapterNameError, AdapterNotFoundError, ArtifactError, StoreError
+from adapters.store import verify
 
 
 @pytest.fixture
@@ -97,9 +99,9 @@ def test_a_broken_adapter_leaves_the_store_as_it_was(store: AdapterStore, adapte
 CRASH = """
 import os, sys
 from pathlib import Path
-import adapters.store, adapters.writer
+import adapters.name_files, adapters.objects, adapters.store
 module, name = sys.argv[1].rsplit(".", 1)
-target = {"adapters.store": adapters.store, "os": os}[module]
+target = sys.modules[module]
 calls = int(sys.argv[2])
 real = getattr(target, name)
 def crash(*arguments, **keywords):
@@ -116,12 +118,12 @@ adapters.store.AdapterStore(Path(sys.argv[3])).add(Path(sys.argv[4]), name="a")
 @pytest.mark.parametrize(
     ("step", "calls"),
     [
-        ("adapters.store.write_synced", 0),
-        ("adapters.store.write_synced", 2),
-        ("adapters.store.sync_folder", 0),
+        ("adapters.objects.write_chunks", 0),
+        ("adapters.objects.write_chunks", 2),
+        ("adapters.objects.sync_folder", 0),
         ("adapters.store.version_digest", 0),
-        ("adapters.store.sync_folder", 1),
-        ("adapters.store.replace_file", 0),
+        ("adapters.objects.sync_folder", 1),
+        ("adapters.name_files.replace_file", 0),
         ("os.fsync", 7),
     ],
 )
@@ -140,8 +142,9 @@ def test_a_process_killed_at_any_step_leaves_the_old_state_or_the_new(
     after = store.add(changed, name="a")
     assert store.resolve("a").version.digest == after.version.digest
     assert open_artifact(after.folder).num_bytes == before.version.num_bytes
-    leftovers = [path.name for path in (store.root / "objects").iterdir()]
-    assert sorted(leftovers) == sorted({before.version.digest, after.version.digest})
+    kept = [path.name for path in (store.root / "objects").iterdir()]
+    assert sorted(kept) == sorted({before.version.digest, after.version.digest})
+    assert list((store.root / "incoming").iterdir()) == []
 
 
 def test_a_damaged_object_is_replaced_when_it_is_added_again(
@@ -256,3 +259,269 @@ def test_records_are_json_that_other_tools_read(store: AdapterStore, adapter: Pa
     added = store.add(adapter, name="a")
     record = json.loads((store.root / "names" / "a.json").read_text())
     assert record["aliases"] == {"latest": added.version.digest}
+
+
+def two_versions(store: AdapterStore, adapter: Path, tmp_path: Path) -> tuple[str, str]:
+    """Add two versions of "a"; return their digests, the older first."""
+    first = store.add(adapter, name="a").version.digest
+    return first, store.add(another_version(adapter, tmp_path), name="a").version.digest
+
+
+def latest(store: AdapterStore, name: str = "a") -> str:
+    return store.resolve(name).version.digest
+
+
+def test_an_alias_stays_while_latest_moves(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    first = store.add(adapter, name="a").version.digest
+    store.set_alias("a", "stable")
+    second = store.add(another_version(adapter, tmp_path), name="a").version.digest
+    assert latest(store, "a@stable") == first
+    assert latest(store) == second
+    store.set_alias(f"a@sha256:{first[:12]}", "latest")
+    assert latest(store) == first
+
+
+def test_a_version_can_be_added_without_becoming_the_latest(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    first = store.add(adapter, name="a", alias="canary").version.digest
+    assert latest(store) == latest(store, "a@canary") == first
+    second = store.add(another_version(adapter, tmp_path), name="a", alias="canary")
+    assert latest(store) == first
+    assert latest(store, "a@canary") == second.version.digest
+
+
+def test_rollback_goes_back_step_by_step_and_forgets_what_it_left(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    folders = [another_version(adapter, tmp_path, text) for text in "abcd"]
+    digests = [store.add(folder, name="a").version.digest for folder in folders[:3]]
+    assert store.rollback("a").version.digest == digests[1]
+    assert store.rollback("a").version.digest == digests[0]
+    with pytest.raises(AdapterNotFoundError, match="'latest' has no earlier version"):
+        store.rollback("a")
+    added = store.add(folders[3], name="a").version.digest
+    assert latest(store) == added
+    assert store.rollback("a").version.digest == digests[0]
+    assert [event.action for event in store.history("a")] == [
+        "add", "add", "add", "rollback", "rollback", "add", "rollback",
+    ]  # fmt: skip
+
+
+def test_rollback_of_an_alias_leaves_the_others(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    first, second = two_versions(store, adapter, tmp_path)
+    store.set_alias(f"a@sha256:{first}", "stable")
+    store.set_alias("a", "stable")
+    assert store.rollback("a", "stable").version.digest == first
+    assert latest(store) == second
+
+
+def test_a_rollback_skips_what_was_removed(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    digests = [
+        store.add(another_version(adapter, tmp_path, text), name="a").version.digest
+        for text in "abc"
+    ]
+    store.remove(f"a@sha256:{digests[1]}")
+    assert store.rollback("a").version.digest == digests[0]
+
+
+@pytest.mark.parametrize("alias", ["", "sha256:0", "A", "a/b", "../x"])
+def test_aliases_outside_the_grammar_are_refused(
+    store: AdapterStore, adapter: Path, alias: str
+) -> None:
+    store.add(adapter, name="a")
+    with pytest.raises(AdapterNameError, match="alias"):
+        store.set_alias("a", alias)
+    with pytest.raises(AdapterNameError, match="alias"):
+        store.add(adapter, name="b", alias=alias)
+
+
+def test_what_an_alias_means_is_removed_only_by_force(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    first, second = two_versions(store, adapter, tmp_path)
+    store.set_alias("a", "stable")
+    with pytest.raises(StoreError, match="is what latest, stable means"):
+        store.remove(f"a@sha256:{second}")
+    with pytest.raises(StoreError, match="has the aliases stable"):
+        store.remove("a")
+    with pytest.raises(StoreError, match="'latest' is what the bare name means"):
+        store.remove("a@latest")
+    store.remove(f"a@sha256:{second}", force=True)
+    assert latest(store) == first
+    with pytest.raises(AdapterNotFoundError):
+        store.resolve("a@stable")
+    with pytest.raises(StoreError, match="its last version; remove the name"):
+        store.remove(f"a@sha256:{first}", force=True)
+    store.remove("a")
+    assert store.names() == []
+
+
+def test_an_alias_is_removed_by_its_name(store: AdapterStore, adapter: Path) -> None:
+    store.add(adapter, name="a")
+    store.set_alias("a", "stable")
+    store.remove("a@stable")
+    assert set(store.record("a").aliases) == {"latest"}
+    store.remove("a")
+    with pytest.raises(AdapterNotFoundError):
+        store.remove("a")
+
+
+def objects(store: AdapterStore) -> set[str]:
+    return {path.name for path in (store.root / "objects").iterdir()}
+
+
+def test_garbage_is_what_no_name_holds(store: AdapterStore, adapter: Path, tmp_path: Path) -> None:
+    first, second = two_versions(store, adapter, tmp_path)
+    store.add(adapter, name="b")
+    assert store.collect_garbage().digests == ()
+    store.remove("a")
+    would = store.collect_garbage(dry_run=True)
+    assert would.digests == (second,)
+    assert would.num_bytes > 0
+    assert objects(store) == {first, second}
+    assert store.collect_garbage() == would
+    assert objects(store) == {first}
+    assert list((store.root / "trash").iterdir()) == []
+    verify(store.resolve("b"))
+
+
+def test_old_versions_are_dropped_unless_an_alias_means_them(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    digests = []
+    for text in "abcd":
+        folder = another_version(adapter, tmp_path, text)
+        digests.append(store.add(folder, name="a").version.digest)
+    store.set_alias(f"a@sha256:{digests[0]}", "stable")
+    assert set(store.collect_garbage(keep_versions=1, dry_run=True).digests) == set(digests[1:3])
+    assert len(store.record("a").versions) == 4
+    store.collect_garbage(keep_versions=1)
+    assert objects(store) == {digests[0], digests[3]}
+    with pytest.raises(AdapterNotFoundError, match="no earlier version"):
+        AdapterStore(store.root).rollback("a", "stable")
+
+
+def test_a_lease_keeps_a_version_until_it_ends(store: AdapterStore, adapter: Path) -> None:
+    resolved = store.add(adapter, name="a")
+    with store.lease(resolved):
+        with pytest.raises(StoreError, match="in use by a running server"):
+            store.remove("a")
+        store.remove("a", force=True)
+        assert store.collect_garbage().leased == (resolved.version.digest,)
+        open_artifact(resolved.folder)
+    assert store.collect_garbage().digests == (resolved.version.digest,)
+    with pytest.raises(AdapterNotFoundError, match="was removed from the store"):
+        store.lease(resolved)
+    assert list((store.root / "leases").iterdir()) == []
+
+
+LEASE = """
+import sys, time
+from pathlib import Path
+from adapters import AdapterStore
+store = AdapterStore(Path(sys.argv[1]))
+lease = store.lease(store.resolve("a"))
+print("leased", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_lease_of_another_process_ends_with_it(store: AdapterStore, adapter: Path) -> None:
+    digest = store.add(adapter, name="a").version.digest
+    arguments = [sys.executable, "-c", LEASE, str(store.root)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "leased\n"
+        store.remove("a", force=True)
+        assert store.collect_garbage().leased == (digest,)
+        holder.kill()
+    assert store.collect_garbage().digests == (digest,)
+
+
+def test_nothing_is_collected_while_a_name_can_not_be_read(
+    store: AdapterStore, adapter: Path
+) -> None:
+    store.add(adapter, name="a")
+    (store.root / "names" / "a.json").write_text("{")
+    with pytest.raises(StoreError, match="not a record"):
+        store.collect_garbage()
+    assert len(objects(store)) == 1
+
+
+def test_a_changed_template_is_another_version_and_a_damaged_one_is_noticed(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    added = store.add(another_version(adapter, tmp_path), name="a")
+    verify(added)
+    (added.folder / "chat_template.jinja").write_text("changed")
+    with pytest.raises(ArtifactError, match="differs from what was stored"):
+        verify(added)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "rora.json", "README.md"])
+def test_a_link_is_never_followed_into_the_store(
+    store: AdapterStore, adapter: Path, tmp_path: Path, name: str
+) -> None:
+    secret = tmp_path / "secret"
+    source = adapter / name
+    secret.write_bytes(source.read_bytes() if source.exists() else b"secret")
+    source.unlink(missing_ok=True)
+    source.symlink_to(secret)
+    with pytest.raises(ArtifactError, match="symbolic link") as caught:
+        store.add(adapter, name="a")
+    assert caught.value.codes == ("file-link",)
+
+
+def test_ranks_above_what_is_served_are_not_stored(store: AdapterStore, tmp_path: Path) -> None:
+    factors = {"m.q": (np.ones((513, 600), np.float32), np.ones((600, 513), np.float32))}
+    write_artifact(tmp_path / "a", AdapterConfig(513, 1), factors, provenance={})
+    with pytest.raises(ArtifactError, match="rank 513, at most 512 is served; compact"):
+        store.add(tmp_path / "a", name="a")
+
+
+def test_a_listing_shows_what_changed_since_it_was_made(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    """Through the listing's file, which other processes write too."""
+    names = [f"name-{number}" for number in range(40)]
+    for name in names:
+        store.add(adapter, name=name)
+    assert [record.name for record in AdapterStore(store.root).names()] == sorted(names)
+    other = AdapterStore(store.root)
+    other.names()
+    changed = store.add(another_version(adapter, tmp_path), name="name-7").version.digest
+    store.remove("name-8")
+    found = {record.name: record for record in other.names()}
+    assert found["name-7"].latest.digest == changed
+    assert set(found) == set(names) - {"name-8"}
+    listing = store.root / "listing.jsonl"
+    for content in (
+        b"",
+        b"nonsense\n[1]\n[]\n{}",
+        listing.read_bytes()[:-20],
+        b"[null, 1, 2, 3]\n",
+    ):
+        listing.write_bytes(content)
+        assert AdapterStore(store.root).names() == other.names()
+
+
+def test_a_listing_is_made_anew_when_it_has_grown_old(store: AdapterStore, adapter: Path) -> None:
+    store.add(adapter, name="a")
+    for number in range(150):
+        store.set_alias("a", f"alias-{number % 2}")
+        store.remove(f"a@alias-{number % 2}")
+    listing = store.root / "listing.jsonl"
+    assert len(listing.read_bytes().splitlines()) > 200
+    fresh = AdapterStore(store.root)
+    for number in range(40):
+        store.add(adapter, name=f"b-{number}")
+    assert len(fresh.names()) == 41
+    assert len(listing.read_bytes().splitlines()) == 41
+    assert AdapterStore(store.root).names() == fresh.names()

@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 from adapters import AdapterStore
-from adapters.errors import AdapterMismatchError, AdapterNameError, AdapterNotFoundError
+from adapters.errors import (
+    AdapterMismatchError,
+    AdapterNameError,
+    AdapterNotFoundError,
+    StoreError,
+)
 from rora_serve.models import ModelDirectory, ServedBase, check_names
 
 BASE = "base"
@@ -193,7 +198,7 @@ def test_an_object_that_was_changed_is_refused(
 ) -> None:
     path = store.resolve("a").folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
-    with pytest.raises(AdapterMismatchError, match="weights differ from those that were stored"):
+    with pytest.raises(AdapterMismatchError, match="differs from what was stored"):
         asyncio.run(directory.open("a"))
     assert engine.loaded == []
 
@@ -207,3 +212,23 @@ def test_the_store_never_shows_its_place_to_clients(
         with pytest.raises(AdapterMismatchError) as caught:
             asyncio.run(directory.open("a"))
         assert str(store.root) not in str(caught.value)
+
+
+def test_what_is_served_is_not_collected(directory: ModelDirectory, store: AdapterStore) -> None:
+    asyncio.run(directory.open("a"))
+    digest = store.resolve("a").version.digest
+    with pytest.raises(StoreError, match="in use by a running server"):
+        store.remove("a")
+    store.remove("a", force=True)
+    assert store.collect_garbage().leased == (digest,)
+    assert store.collect_garbage().digests == ()
+
+
+def test_what_is_refused_is_not_kept(
+    directory: ModelDirectory, store: AdapterStore, adapter: Path
+) -> None:
+    (adapter / "chat_template.jinja").write_text("another")
+    store.add(adapter, name="b")
+    with pytest.raises(AdapterMismatchError):
+        asyncio.run(directory.open("b"))
+    assert list((store.root / "leases").iterdir()) == []

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from adapters import AdapterConfig, AdapterStore, open_artifact
 from adapters.base_model import DEFAULT_MODEL_NAME as BASE
-from adapters.validation import MAX_DELTA_BOUND
+from adapters.limits import MAX_DELTA_BOUND
 from tests.conftest import LINEAR
 from tests.reference import ATOL
 from tests.rora_serve.serving import (

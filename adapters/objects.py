@@ -1,0 +1,226 @@
+"""The store's objects: adapter folders by digest, never changed, and who needs them.
+
+    objects/<version digest>/          a version
+    incoming/<token>/                  a copy that is being checked, claimed by `<token>.lock`
+    trash/<token>/                     a version that is being deleted
+    leases/<version digest>.<token>    locked by whoever needs a version, for as long as it does
+
+A lock that its process does not hold any more is one that a killed process left behind.
+"""
+
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from adapters.artifact import open_artifact
+from adapters.digest import read_provenance, version_digest, weights_digest
+from adapters.errors import ArtifactError
+from adapters.folder import MAX_FILE_BYTES, PROVENANCE_FILE
+from adapters.names import is_digest
+from adapters.problems import Code, Problem, refusal, shown
+from adapters.reading import open_regular
+from adapters.writer import make_folder, sync_folder, write_chunks
+
+
+class Lease:
+    """Keeps a version's folder where it is until `release`, or the end of the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Whoever ends it may run in another thread than whoever took it.
+        self._lock = FileLock(path, thread_local=False)
+        self._lock.acquire(timeout=0)
+
+    def release(self) -> None:
+        """Let go; a second time does nothing."""
+        if self._lock.is_locked:
+            self._path.unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Objects:
+    """The folders of a store's versions.
+
+    Args:
+        root: the store's folder.
+        locked: takes the store's lock. Methods marked "under the lock" expect the caller to hold
+            it.
+    """
+
+    def __init__(self, root: Path, locked: Callable[[], AbstractContextManager[None]]) -> None:
+        self._objects = root / "objects"
+        self._incoming = root / "incoming"
+        self._trash = root / "trash"
+        self._leases = root / "leases"
+        self._locked = locked
+
+    def folder(self, digest: str) -> Path:
+        """Return where a version lies."""
+        return self._objects / digest
+
+    def digests(self) -> list[str]:
+        """Return the digests of all versions that lie here, sorted."""
+        return [path.name for path in _listed(self._objects) if is_digest(path.name)]
+
+    @contextmanager
+    def incoming(self, source: Path) -> Iterator[Path]:
+        """Yield a copy of an adapter's files, which is gone afterwards unless it was placed.
+
+        Raises: ArtifactError: a file that is a link, no file, or too large.
+        """
+        incoming = self._incoming / secrets.token_hex(6)
+        claim = _claim_of(incoming)
+        lock = FileLock(claim)
+        with self._locked():
+            make_folder(self._objects)
+            make_folder(self._incoming)
+            left_behind = self.left_behind()
+            lock.acquire()
+            incoming.mkdir()
+        delete(left_behind)
+        try:
+            for name, max_bytes in MAX_FILE_BYTES.items():
+                _copy(source / name, incoming / name, max_bytes)
+            sync_folder(incoming)
+            yield incoming
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
+            claim.unlink(missing_ok=True)
+            lock.release()
+
+    def is_whole(self, digest: str) -> bool:
+        """Tell whether a version is there and still holds what its name promises.
+
+        Cost: reads every tensor.
+        """
+        folder = self.folder(digest)
+        try:
+            return folder.is_dir() and digests_of(folder)[1] == digest
+        except ArtifactError:
+            return False
+
+    def place(self, incoming: Path, digest: str, *, is_whole: bool) -> None:
+        """Give a checked copy its name, unless that version is there whole. Under the lock.
+
+        Args:
+            incoming: the copy.
+            digest: of its version.
+            is_whole: what `is_whole` said before the lock was taken.
+        Raises: ArtifactError: the version is there and names another base model.
+        """
+        target = self.folder(digest)
+        if target.exists():
+            if is_whole or self.is_whole(digest):
+                _check_same_base(target, incoming)
+                return
+            delete([self.to_trash(digest)])
+        incoming.rename(target)
+        sync_folder(self._objects)
+
+    def lease(self, digest: str) -> Lease:
+        """Return a new lease on a version. Under the lock."""
+        make_folder(self._leases)
+        return Lease(self._leases / f"{digest}.{secrets.token_hex(6)}")
+
+    def leased(self) -> set[str]:
+        """Return the digests that somebody leases. Under the lock.
+
+        Leases that killed processes left are deleted.
+        """
+        leased = set()
+        for path in _listed(self._leases):
+            if _is_claimed(path):
+                leased.add(path.name.partition(".")[0])
+            else:
+                path.unlink(missing_ok=True)
+        return leased
+
+    def to_trash(self, digest: str) -> Path:
+        """Rename a version in one step to what nobody reads; return where it is. Under the lock."""
+        make_folder(self._trash)
+        return self.folder(digest).rename(self._trash / secrets.token_hex(6))
+
+    def left_behind(self) -> list[Path]:
+        """Return what killed writers left: copies, their claims, trash. Under the lock."""
+        copies = {path.with_suffix("") for path in _listed(self._incoming)}
+        left = [copy for copy in sorted(copies) if not _is_claimed(_claim_of(copy))]
+        return [*left, *map(_claim_of, left), *_listed(self._trash)]
+
+    def num_bytes(self, digest: str) -> int:
+        """Return the bytes of a version's files."""
+        return sum(path.lstat().st_size for path in _listed(self.folder(digest)))
+
+
+def delete(paths: Iterable[Path]) -> None:
+    """Delete files and folders that nobody looks for any more; what can not be deleted stays."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def digests_of(folder: Path) -> tuple[str, str]:
+    """Return the weights digest and the version digest of an adapter folder.
+
+    Raises: ArtifactError: it breaks the format.
+    Cost: reads every tensor once.
+    """
+    weights = weights_digest(open_artifact(folder))
+    return weights, version_digest(weights, folder)
+
+
+def _check_same_base(stored: Path, given: Path) -> None:
+    """Refuse weights that are stored already and now claim another base model.
+
+    A version keeps the rora.json that it came with, so the new claim would be lost.
+    """
+    claims = [read_provenance(folder).get("base_model") for folder in (stored, given)]
+    if claims[1] is not None and claims[0] != claims[1]:
+        message = (
+            f"names base model {shown(claims[1])}, the store holds these very weights with "
+            f"{shown(claims[0])}; add the folder that is right to a store of its own"
+        )
+        problem = Problem(Code.BASE_OTHER, PROVENANCE_FILE, message)
+        raise refusal(ArtifactError, "base_model", [problem])
+
+
+def _copy(source: Path, target: Path, max_bytes: int) -> None:
+    """Copy a file, if there is one; a link or anything else but a file is refused."""
+    try:
+        with open_regular(source, max_bytes=max_bytes) as file:
+            write_chunks(target, iter(lambda: file.read(1024 * 1024), b""))
+    except FileNotFoundError:
+        return
+
+
+def _claim_of(incoming: Path) -> Path:
+    return incoming.with_suffix(".lock")
+
+
+def _is_claimed(path: Path) -> bool:
+    """Tell whether a process holds the lock at `path`."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []

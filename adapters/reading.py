@@ -1,0 +1,127 @@
+"""Reading somebody else's files: bounded, regular files only, never through a link.
+
+Every function raises ArtifactError with one problem, named by the file.
+"""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from adapters.errors import ArtifactError
+from adapters.limits import MAX_JSON_BYTES, MAX_JSON_VALUES
+from adapters.problems import Code, Problem, refusal, shown
+
+
+def refuse(code: Code, path: Path, message: str, *, where: str | None = None) -> ArtifactError:
+    """Return the error for one broken rule of the file at `path`."""
+    return refusal(ArtifactError, path.parent, [Problem(code, where or path.name, message)])
+
+
+@contextmanager
+def open_regular(path: Path, *, max_bytes: int) -> Iterator[BinaryIO]:
+    """Open a regular file of at most `max_bytes`; a link, pipe, device or folder is refused.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ArtifactError: it is something else, too large, or may not be read.
+    """
+    try:
+        # Without O_NONBLOCK a pipe would wait for somebody to write.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            message = "a symbolic link, a file is expected; copy what it points to"
+            raise refuse(Code.FILE_LINK, path, message) from error
+        code = Code.FILE_NOT_REGULAR if error.errno == errno.ENXIO else Code.FILE_UNREADABLE
+        raise refuse(code, path, f"can not be read ({error.strerror})") from error
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            message = "no regular file, one with content is expected"
+            raise refuse(Code.FILE_NOT_REGULAR, path, message)
+        if found.st_size > max_bytes:
+            message = f"{found.st_size} bytes, at most {max_bytes} are expected"
+            raise refuse(Code.FILE_TOO_LARGE, path, message)
+        yield file
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says against reading `path` inside the block into ArtifactError."""
+    try:
+        yield
+    except OSError as error:
+        message = f"can not be read ({error.strerror})"
+        raise refuse(Code.FILE_UNREADABLE, path, message) from error
+
+
+def read_json_file(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises: FileNotFoundError; ArtifactError: as in `open_regular` and `parse_json_object`.
+    """
+    with open_regular(path, max_bytes=MAX_JSON_BYTES) as file, reading(path):
+        content = file.read(MAX_JSON_BYTES + 1)
+    return parse_json_object(content, path=path, where=path.name)
+
+
+def parse_json_object(content: bytes, *, path: Path, where: str) -> dict[str, Any]:
+    """Return the object that a JSON text holds, having bounded what it can cost.
+
+    Raises: ArtifactError: not UTF-8, not JSON, more than 500,000 values, a key twice in one object,
+        a number or text that Python reads and others do not, or no object.
+    Cost: at most about 100 bytes of memory for each value.
+    """
+    # Counted in bytes, so text is counted too: an upper bound, which is what a bound needs.
+    num_values = sum(content.count(opening) for opening in (b"[", b"{", b","))
+    if num_values > MAX_JSON_VALUES:
+        message = f"about {num_values} values, at most {MAX_JSON_VALUES} are expected"
+        raise refuse(Code.JSON_TOO_MANY_VALUES, path, message, where=where)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 ({error.reason} at byte {error.start}); write it again"
+        raise refuse(Code.JSON_NOT_TEXT, path, message, where=where) from error
+    try:
+        parsed = json.loads(text, object_pairs_hook=_object_without_duplicates)
+    except _DuplicateKeyError as error:
+        message = f"key {shown(error.args[0])!r} stands twice in one object, once is expected"
+        raise refuse(Code.JSON_DUPLICATE_KEY, path, message, where=where) from error
+    except (ValueError, RecursionError) as error:
+        message = f"not JSON ({shown(str(error))}); write it again"
+        raise refuse(Code.JSON_SYNTAX, path, message, where=where) from error
+    if not isinstance(parsed, dict):
+        message = f"holds a {type(parsed).__name__}, a JSON object is expected"
+        raise refuse(Code.JSON_NOT_OBJECT, path, message, where=where)
+    if "\\u" in text:
+        _refuse_lone_surrogates(parsed, path, where)
+    return parsed
+
+
+class _DuplicateKeyError(ValueError):
+    """A key that stands twice in one object."""
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _DuplicateKeyError(key)
+        found[key] = value
+    return found
+
+
+def _refuse_lone_surrogates(parsed: dict[str, Any], path: Path, where: str) -> None:
+    """Half a surrogate pair passes as JSON and fails wherever the text is used."""
+    try:
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        message = "an escape that is half of a character; write it again"
+        raise refuse(Code.JSON_NOT_TEXT, path, message, where=where) from error

@@ -1,0 +1,266 @@
+"""Where an adapter can come from: a folder, a tar or zip archive, or a name on a model hub.
+
+An archive is somebody else's file. Only the files of an adapter are taken out of it, by their own
+names, into a folder that we make; a path that climbs, a link, a device or a bomb refuses it whole.
+"""
+
+import io
+import re
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from gzip import GzipFile
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
+
+from adapters.errors import ArtifactError
+from adapters.folder import CONFIG_FILE, MAX_FILE_BYTES, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE
+from adapters.limits import (
+    ARCHIVE_RATIO_FROM_BYTES,
+    MAX_ADAPTER_BYTES,
+    MAX_ARCHIVE_MEMBERS,
+    MAX_ARCHIVE_RATIO,
+    MIB,
+)
+from adapters.problems import Code, Problem, refusal, shown
+from adapters.reading import open_regular
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:@(?P<revision>[\w./-]+))?")
+_CHUNK_BYTES = 64 * 1024
+# What the readers of archives may ask for at once: directories and extended headers, not content.
+_MAX_READ_BYTES = MIB
+# What tarfile and zipfile raise on files that are none, as fuzzing them shows.
+_ARCHIVE_ERRORS = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError,
+    ArithmeticError, LookupError, NotImplementedError,
+)  # fmt: skip
+
+
+@contextmanager
+def open_source(source: str) -> Iterator[Path]:
+    """Yield the adapter folder that `source` names; one that is unpacked is gone afterwards.
+
+    Args:
+        source: a folder; a .tar, .tar.gz or .zip with one adapter in it; or `owner/name` or
+            `owner/name@revision` on the Hugging Face hub.
+    Raises: ArtifactError: there is no such thing, or the archive breaks a rule.
+    Cost: an archive is read once and its adapter written to the temporary folder.
+    """
+    path = Path(source)
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="rora-adapter-") as temporary:
+        if path.exists() or path.is_symlink():
+            folder = _unpack(path, Path(temporary))
+        elif _HUB_NAME.fullmatch(source) and not source.startswith((".", "-")):
+            folder = _download(source, Path(temporary))
+        else:
+            message = "no such folder or archive, an adapter is expected"
+            problem = Problem(Code.FOLDER_MISSING, path.name or source, message)
+            raise refusal(ArtifactError, source, [problem])
+        try:
+            yield folder
+        except ArtifactError as error:
+            if not error.problems:
+                raise
+            # The temporary folder says nothing to whoever named the archive.
+            raise refusal(type(error), source, error.problems) from error
+
+
+def _download(source: str, target: Path) -> Path:
+    name, _, revision = source.partition("@")
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415  (heavy, and not required)
+
+        snapshot_download(
+            name,
+            revision=revision or None,
+            local_dir=target,
+            allow_patterns=list(MAX_FILE_BYTES),
+        )
+    except Exception as error:  # its errors have no common base: network, rights, names, disk
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        message = f"no such folder, and the Hugging Face hub did not give it ({shown(reason)})"
+        problem = Problem(Code.FOLDER_MISSING, name, message)
+        raise refusal(ArtifactError, source, [problem]) from error
+    return target
+
+
+def _unpack(path: Path, target: Path) -> Path:
+    """Take the adapter out of an archive; return its folder."""
+    try:
+        with open_regular(path, max_bytes=2 * MAX_ADAPTER_BYTES) as file:
+            _unpack_into(file, path, target)
+    except ArtifactError as error:
+        raise refusal(ArtifactError, path, error.problems) from error
+    except _ARCHIVE_ERRORS as error:
+        message = f"can not be read as an archive ({shown(str(error))}); make it again"
+        raise _refuse(path.name, Code.ARCHIVE_SYNTAX, message) from error
+    folders = [
+        folder
+        for folder in target.iterdir()
+        if any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE))
+    ]
+    if len(folders) != 1:
+        code = Code.ARCHIVE_SEVERAL_ADAPTERS if folders else Code.ARCHIVE_NO_ADAPTER
+        message = f"holds {len(folders)} folders with {CONFIG_FILE}, one is expected"
+        raise _refuse(path.name, code, message)
+    return folders[0]
+
+
+def _unpack_into(file: IO[bytes], path: Path, target: Path) -> None:
+    num_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    start = file.read(4)
+    file.seek(0)
+    members = _Members(path.name, target)
+    if start.startswith(b"\x1f\x8b"):
+        with GzipFile(fileobj=file) as plain:
+            _unpack_tar(_Bounded(plain, num_bytes, path.name), members)
+    elif start.startswith(b"PK"):
+        _unpack_zip(_Bounded(file, num_bytes, path.name), members, num_bytes)
+    else:
+        _unpack_tar(_Bounded(file, num_bytes, path.name), members)
+
+
+def _unpack_tar(source: "_Bounded", members: "_Members") -> None:
+    # Plain mode over our reader: it seeks forward only, and asks for no more than a header.
+    with tarfile.open(fileobj=cast("IO[bytes]", source), mode="r:") as archive:
+        for member in archive:
+            name = member.name
+            if member.issym() or member.islnk():
+                raise _refuse(name, Code.ARCHIVE_LINK, "a link, files and folders are expected")
+            if not (member.isdir() or member.isreg()) or member.sparse is not None:
+                message = "neither a file nor a folder, one of them is expected"
+                raise _refuse(name, Code.ARCHIVE_SPECIAL_FILE, message)
+            extract = (lambda m=member: archive.extractfile(m)) if member.isreg() else None
+            members.take(name, member.size, extract)
+
+
+def _unpack_zip(source: "_Bounded", members: "_Members", num_bytes: int) -> None:
+    with zipfile.ZipFile(cast("IO[bytes]", source)) as archive:
+        _check_ratio(sum(info.file_size for info in archive.infolist()), num_bytes, members.archive)
+        for info in archive.infolist():
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            if kind == stat.S_IFLNK:
+                message = "a link, files and folders are expected"
+                raise _refuse(info.filename, Code.ARCHIVE_LINK, message)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                message = "neither a file nor a folder, one of them is expected"
+                raise _refuse(info.filename, Code.ARCHIVE_SPECIAL_FILE, message)
+            if info.flag_bits & 1:
+                raise _refuse(info.filename, Code.ARCHIVE_ENCRYPTED, "encrypted; unpack it first")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                message = "a compression other than deflate, which is expected; make it again"
+                raise _refuse(info.filename, Code.ARCHIVE_COMPRESSION, message)
+            extract = None if info.is_dir() else (lambda i=info: archive.open(i))
+            members.take(info.filename, info.file_size, extract)
+
+
+class _Members:
+    """Takes an adapter's files out of an archive, each folder of it into one of ours."""
+
+    def __init__(self, archive: str, target: Path) -> None:
+        self.archive = archive
+        self._target = target
+        self._folders: dict[PurePosixPath, Path] = {}
+        self._seen: set[PurePosixPath] = set()
+        self._num_members = 0
+
+    def take(
+        self, name: str, num_bytes: int, extract: Callable[[], IO[bytes] | None] | None
+    ) -> None:
+        """Check a member's name and write it, if it is a file of an adapter."""
+        self._num_members += 1
+        if self._num_members > MAX_ARCHIVE_MEMBERS:
+            message = f"more than {MAX_ARCHIVE_MEMBERS} members, an adapter has six files"
+            raise _refuse(self.archive, Code.ARCHIVE_TOO_MANY, message)
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+            message = "a path that climbs out of the folder, one below it is expected"
+            raise _refuse(name, Code.ARCHIVE_CLIMBS, message)
+        if extract is None:
+            return
+        if path in self._seen:
+            raise _refuse(
+                name, Code.ARCHIVE_DUPLICATE, "stands twice in the archive, once is expected"
+            )
+        self._seen.add(path)
+        if path.name == PICKLED_WEIGHTS_FILE:
+            # Its name is enough to refuse it with the right words.
+            (self._folder(path.parent) / PICKLED_WEIGHTS_FILE).touch()
+        max_bytes = MAX_FILE_BYTES.get(path.name)
+        if max_bytes is None:
+            return
+        if num_bytes > max_bytes:
+            message = f"{num_bytes} bytes, at most {max_bytes} are expected"
+            raise _refuse(name, Code.FILE_TOO_LARGE, message)
+        content = extract()
+        assert content is not None
+        with content, (self._folder(path.parent) / path.name).open("wb") as file:
+            while chunk := content.read(_CHUNK_BYTES):
+                file.write(chunk)
+
+    def _folder(self, parent: PurePosixPath) -> Path:
+        if parent not in self._folders:
+            self._folders[parent] = self._target / str(len(self._folders))
+            self._folders[parent].mkdir()
+        return self._folders[parent]
+
+
+class _Bounded:
+    """A binary file that refuses to be read past what its compressed size can honestly hold."""
+
+    def __init__(self, inner: IO[bytes] | GzipFile, compressed_bytes: int, name: str) -> None:
+        self._inner = inner
+        self._compressed_bytes = compressed_bytes
+        self._name = name
+        self.mode = "rb"
+
+    def read(self, size: int = -1) -> bytes:
+        """Read at most `size` bytes; archives' own headers never need more than 1 MiB at once."""
+        if size > _MAX_READ_BYTES:
+            message = f"a header of {size} bytes, at most {_MAX_READ_BYTES} are expected"
+            raise _refuse(self._name, Code.ARCHIVE_BOMB, message)
+        # Without a size the end of the file is meant, which is short in an honest archive.
+        content = self._inner.read(_MAX_READ_BYTES + 1 if size < 0 else size)
+        _check_ratio(self._inner.tell(), self._compressed_bytes, self._name)
+        return content
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move; forward in a compressed file by reading, so that it is bounded too."""
+        if isinstance(self._inner, GzipFile):
+            if whence != io.SEEK_SET or offset < self._inner.tell():
+                raise OSError("a compressed archive is read from its beginning to its end")
+            while (left := offset - self._inner.tell()) > 0:
+                if not self.read(min(left, _MAX_READ_BYTES)):
+                    break
+            return self._inner.tell()
+        return self._inner.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the position in the uncompressed file."""
+        return self._inner.tell()
+
+    def seekable(self) -> bool:
+        """Archives are read by seeking."""
+        return True
+
+
+def _check_ratio(num_bytes: int, compressed_bytes: int, name: str) -> None:
+    limit = max(MAX_ARCHIVE_RATIO * compressed_bytes, ARCHIVE_RATIO_FROM_BYTES)
+    if num_bytes > limit:
+        message = (
+            f"{compressed_bytes} bytes hold more than {limit}, at most {MAX_ARCHIVE_RATIO} for one "
+            "are expected"
+        )
+        raise _refuse(name, Code.ARCHIVE_BOMB, message)
+
+
+def _refuse(where: str, code: Code, message: str) -> ArtifactError:
+    return refusal(ArtifactError, "archive", [Problem(code, where, message)])
