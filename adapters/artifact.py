@@ -298,7 +298,7 @@ def _modules(
         problem = _shape_problem(name, sides["A"], sides["B"], scalings.get(name))
         if problem is not None:
             problems.append(problem)
-        elif name in scalings:
+        elif name in scalings and all(t.dtype in NUMPY_DTYPES for t in sides.values()):
             scaling = scalings[name]
             modules[name] = LoraModule(
                 name, kind, scaling.rank, scaling.alpha, scaling.scaling, sides["A"], sides["B"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.folder import CONFIG_FILE
-from adapters.patterns import check_key, check_pattern, targeted
+from adapters.patterns import check_keys, check_pattern, targeted
 from adapters.problems import Code, Problem, shown
 from adapters.reading import read_json_file
 
@@ -187,7 +187,7 @@ def _wrong_values(keys: Mapping[str, Any]) -> list[Problem]:
             message = f"is {shown(pattern)}, an object of {wanted} above 0 is expected"
             problems.append(Problem(code, key, message))
             continue
-        problems += [found for name in pattern if (found := check_key(key, name)) is not None]
+        problems += check_keys(key, list(pattern))
     targets = keys.get("target_modules") or ()
     if isinstance(targets, str):
         found = check_pattern("target_modules", targets)

@@ -17,6 +17,7 @@ MAX_DIMENSIONS = 8
 MAX_NAME_LENGTH = 512  # of a tensor
 MAX_LORA_RANK = 512  # what vLLM's configuration can be told, and so what is served
 MAX_PATTERN_LENGTH = 1000
+MAX_EXPRESSIONS = 500  # keys of a pattern that are not just the end of a module's path
 # Steps that matching all patterns of an adapter may take: about a second at worst.
 MAX_PATTERN_STEPS = 100_000_000
 # Far above what training gives (hundreds), far below what overflows float32 on its way through a

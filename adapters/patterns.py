@@ -16,13 +16,13 @@ import re2
 
 from adapters.errors import ArtifactError
 from adapters.folder import CONFIG_FILE
-from adapters.limits import MAX_PATTERN_LENGTH, MAX_PATTERN_STEPS
+from adapters.limits import MAX_EXPRESSIONS, MAX_PATTERN_LENGTH, MAX_PATTERN_STEPS
 from adapters.problems import Code, Problem, refusal, shown
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 # What both engines accept and read differently. No module path needs it.
 _READ_DIFFERENTLY = ("{,", "[[", "[:", "--", "&&", "||", "~~")
-_MAX_PROGRAM_BYTES = 512 * 1024
+_MAX_PROGRAM_BYTES = 64 * 1024  # of one expression, compiled
 
 Value = TypeVar("Value")
 
@@ -85,6 +85,18 @@ class PatternTable:
                 yield order
 
 
+def check_keys(name: str, keys: Sequence[str]) -> list[Problem]:
+    """Say which keys of `rank_pattern` or `alpha_pattern` can not be matched as PEFT would."""
+    num_expressions = sum(not _PLAIN.fullmatch(key) for key in keys)
+    if num_expressions > MAX_EXPRESSIONS:
+        message = (
+            f"{num_expressions} expressions, at most {MAX_EXPRESSIONS} are expected; write module "
+            "paths instead"
+        )
+        return [Problem(Code.PATTERN_TOO_COSTLY, name, message)]
+    return [problem for key in keys if (problem := check_key(name, key)) is not None]
+
+
 def check_key(where: str, key: str) -> Problem | None:
     """Say why a key of `rank_pattern` or `alpha_pattern` can not be matched as PEFT would."""
     problem = check_pattern(where, key)
@@ -140,6 +152,8 @@ def match_modules(
         modules: paths.
     Raises: ArtifactError: it would take more than 100 million steps, or a key matches no module.
     """
+    if not modules:
+        return {}
     table = PatternTable(pattern)
     check_steps(name, table.steps(modules))
     matched = {module: table.first_match(module) for module in modules}

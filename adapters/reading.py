@@ -41,11 +41,12 @@ def open_regular(path: Path, *, max_bytes: int) -> Iterator[BinaryIO]:
             raise refuse(Code.FILE_LINK, path, message) from error
         code = Code.FILE_NOT_REGULAR if error.errno == errno.ENXIO else Code.FILE_UNREADABLE
         raise refuse(code, path, f"can not be read ({error.strerror})") from error
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        message = "no regular file, one with content is expected"
+        raise refuse(Code.FILE_NOT_REGULAR, path, message)
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            message = "no regular file, one with content is expected"
-            raise refuse(Code.FILE_NOT_REGULAR, path, message)
         if found.st_size > max_bytes:
             message = f"{found.st_size} bytes, at most {max_bytes} are expected"
             raise refuse(Code.FILE_TOO_LARGE, path, message)

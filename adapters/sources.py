@@ -56,20 +56,27 @@ def open_source(source: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="rora-adapter-") as temporary:
         if path.exists() or path.is_symlink():
-            folder = _unpack(path, Path(temporary))
+            with _named(source):
+                folder = _unpack(path, Path(temporary))
         elif _HUB_NAME.fullmatch(source) and not source.startswith((".", "-")):
             folder = _download(source, Path(temporary))
         else:
             message = "no such folder or archive, an adapter is expected"
             problem = Problem(Code.FOLDER_MISSING, path.name or source, message)
             raise refusal(ArtifactError, source, [problem])
-        try:
+        with _named(source):
             yield folder
-        except ArtifactError as error:
-            if not error.problems:
-                raise
-            # The temporary folder says nothing to whoever named the archive.
-            raise refusal(type(error), source, error.problems) from error
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Let errors name what the user named, not the temporary folder that it was unpacked to."""
+    try:
+        yield
+    except ArtifactError as error:
+        if not error.problems:
+            raise
+        raise refusal(type(error), source, error.problems) from error
 
 
 def _download(source: str, target: Path) -> Path:
@@ -93,14 +100,14 @@ def _download(source: str, target: Path) -> Path:
 
 def _unpack(path: Path, target: Path) -> Path:
     """Take the adapter out of an archive; return its folder."""
-    try:
-        with open_regular(path, max_bytes=2 * MAX_ADAPTER_BYTES) as file:
+    with open_regular(path, max_bytes=2 * MAX_ADAPTER_BYTES) as file:
+        try:
             _unpack_into(file, path, target)
-    except ArtifactError as error:
-        raise refusal(ArtifactError, path, error.problems) from error
-    except _ARCHIVE_ERRORS as error:
-        message = f"can not be read as an archive ({shown(str(error))}); make it again"
-        raise _refuse(path.name, Code.ARCHIVE_SYNTAX, message) from error
+        except ArtifactError:
+            raise
+        except _ARCHIVE_ERRORS as error:
+            message = f"can not be read as an archive ({shown(str(error))}); make it again"
+            raise _refuse(path.name, Code.ARCHIVE_SYNTAX, message) from error
     folders = [
         folder
         for folder in target.iterdir()

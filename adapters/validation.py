@@ -123,8 +123,13 @@ def _norm(pieces: Iterable[Array]) -> float:
     """Return the Frobenius norm, NaN or infinity if a number is; squares can not overflow."""
     total = 0.0
     for piece in pieces:
-        wide = piece.astype(np.float64)
-        total += float(np.dot(wide, wide))
+        numbers = piece.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            squares = float(np.dot(numbers, numbers))
+        if not 0 < squares < math.inf and piece.any():  # out of float32's range, or not finite
+            wide = piece.astype(np.float64)
+            squares = float(np.dot(wide, wide))
+        total += squares
     return math.sqrt(total) if total >= 0 else math.nan
 
 
