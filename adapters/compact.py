@@ -176,8 +176,11 @@ def same_scalings(
         alphas[name] = module.alpha if rank == module.rank else module.scaling * root
     rank = max(ranks.values())
     alpha = Counter(alphas.values()).most_common(1)[0][0]
+    whole = len(ranks) == len(modules)
     made = replace(
         config,
+        # PEFT makes fresh factors for a module that is targeted and not there.
+        target_modules=config.target_modules if whole else tuple(sorted(ranks)),
         rank=rank,
         lora_alpha=alpha,
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
