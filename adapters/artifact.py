@@ -23,7 +23,7 @@ from adapters.header import TensorInfo, header_of
 from adapters.limits import MAX_ADAPTER_BYTES
 from adapters.problems import Code, Problem, refusal
 from adapters.reading import open_regular, reading
-from adapters.scaling import ModuleScaling, resolve_scalings
+from adapters.scaling import ModuleScaling, find_scalings
 from adapters.tensors import NUMPY_DTYPES, Array, open_tensors
 
 _MAX_CLASSIFIED = 1000  # of the tensors that are no factors; more of them say nothing new
@@ -270,13 +270,8 @@ def _modules(
     config: AdapterConfig, factors: _Factors
 ) -> tuple[dict[str, LoraModule], list[Problem]]:
     """Return the modules that have both factors, and say what is wrong with any."""
-    problems: list[Problem] = []
     names = list(dict.fromkeys(module for module, _ in factors))
-    scalings: dict[str, ModuleScaling] = {}
-    try:
-        scalings = resolve_scalings(config, names)
-    except ArtifactError as error:
-        problems += error.problems
+    scalings, problems = find_scalings(config, names)
     try:
         untargeted = set(names) - config.targets(names)
     except ArtifactError as error:

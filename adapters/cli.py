@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.command import FAILED, run_command
 from adapters.errors import AdapterMismatchError
-from adapters.names import MIN_DIGEST_PREFIX
+from adapters.names import LATEST, MIN_DIGEST_PREFIX
 from adapters.store import AdapterStore
 
 if TYPE_CHECKING:
@@ -230,6 +230,7 @@ def _show(arguments: argparse.Namespace) -> int:
     rows = []
     for version in reversed(record.versions):
         aliases = [alias for alias, digest in record.aliases.items() if digest == version.digest]
+        aliases.sort(key=lambda alias: (alias != LATEST, alias))
         ranks, megabytes = f"{version.min_rank}-{version.max_rank}", version.num_bytes / 1e6
         aliased = ", ".join(aliases)
         rows.append(

@@ -143,28 +143,28 @@ def _syntax_problem(where: str, pattern: str) -> Problem | None:
 
 def match_modules(
     name: str, pattern: Mapping[str, Value], modules: Sequence[str]
-) -> dict[str, Value]:
+) -> tuple[dict[str, Value], list[Problem]]:
     """Return the value of the first key that matches, for every module that one matches.
 
     Args:
-        name: of the pattern, in errors.
+        name: of the pattern, in problems.
         pattern: values by key.
         modules: paths.
-    Raises: ArtifactError: it would take more than 100 million steps, or a key matches no module.
+    Returns: the values by module; and the keys that match no module, if there is any.
+    Raises: ArtifactError: it would take more than 100 million steps.
     """
     if not modules:
-        return {}
+        return {}, []
     table = PatternTable(pattern)
     check_steps(name, table.steps(modules))
     matched = {module: table.first_match(module) for module in modules}
+    unmatched = []
     if len({key for key in matched.values() if key is not None}) < len(table.keys):
-        problems = [
+        unmatched = [
             Problem(Code.PATTERN_WITHOUT_MATCH, f"{name}: {shown(key)}", "matches no module")
             for key in table.unmatched(modules)
         ]
-        if problems:
-            raise refusal(ArtifactError, CONFIG_FILE, problems)
-    return {module: pattern[key] for module, key in matched.items() if key is not None}
+    return {m: pattern[key] for m, key in matched.items() if key is not None}, unmatched
 
 
 def targeted(targets: Sequence[str] | str, modules: Sequence[str]) -> set[str]:

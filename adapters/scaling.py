@@ -27,22 +27,31 @@ def resolve_scalings(config: AdapterConfig, modules: Sequence[str]) -> dict[str,
         too costly to match; all are named.
     Cost: proportional to modules plus keys, if the keys are module paths.
     """
-    resolved: dict[str, dict[str, float]] = {}
-    problems: list[Problem] = []
-    for name in ("rank_pattern", "alpha_pattern"):
-        try:
-            resolved[name] = match_modules(name, getattr(config, name), modules)
-        except ArtifactError as error:
-            problems += error.problems
+    scalings, problems = find_scalings(config, modules)
     if problems:
         raise refusal(ArtifactError, CONFIG_FILE, problems)
-    ranks, alphas = resolved["rank_pattern"], resolved["alpha_pattern"]
-    return {
+    return scalings
+
+
+def find_scalings(
+    config: AdapterConfig, modules: Sequence[str]
+) -> tuple[dict[str, ModuleScaling], list[Problem]]:
+    """Return what `resolve_scalings` does and what is wrong, as far as one can go.
+
+    Returns: nothing of the modules, if the patterns are too costly to match; and every problem.
+    """
+    try:
+        ranks, problems = match_modules("rank_pattern", config.rank_pattern, modules)
+        alphas, more = match_modules("alpha_pattern", config.alpha_pattern, modules)
+    except ArtifactError as error:
+        return {}, list(error.problems)
+    scalings = {
         module: _scaling(
-            config, int(ranks.get(module, config.rank)), alphas.get(module, config.lora_alpha)
+            config, ranks.get(module, config.rank), alphas.get(module, config.lora_alpha)
         )
         for module in modules
     }
+    return scalings, [*problems, *more]
 
 
 def _scaling(config: AdapterConfig, rank: int, alpha: float) -> ModuleScaling:
