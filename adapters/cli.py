@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.command import FAILED, run_command
 from adapters.errors import AdapterMismatchError
-from adapters.names import LATEST, MIN_DIGEST_PREFIX
+from adapters.names import LATEST, MIN_DIGEST_PREFIX, NameRecord
 from adapters.store import AdapterStore
 
 if TYPE_CHECKING:
@@ -188,16 +188,7 @@ def _list(arguments: argparse.Namespace) -> int:
     store = _store(arguments)
     records = store.names()
     if arguments.json:
-        _print_json(
-            [
-                {
-                    "name": record.name,
-                    "aliases": record.aliases,
-                    "versions": [asdict(version) for version in record.versions],
-                }
-                for record in records
-            ]
-        )
+        _print_json([_record_json(record) for record in records])
         return 0
     if not records:
         print(f"{store.root}: no adapter yet; add one with `{PROGRAM} store add`", file=sys.stderr)
@@ -219,13 +210,22 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _record_json(record: NameRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "aliases": record.aliases,
+        "versions": [version._asdict() for version in record.versions],
+    }
+
+
 def _show(arguments: argparse.Namespace) -> int:
     from adapters.display import table  # noqa: PLC0415
 
     store = _store(arguments)
     record, events = store.record(arguments.name), store.history(arguments.name)
     if arguments.json:
-        _print_json({**asdict(record), "history": [asdict(event) for event in events]})
+        history = [asdict(event) for event in events]
+        _print_json({**_record_json(record), "history": history})
         return 0
     rows = []
     for version in reversed(record.versions):
@@ -237,11 +237,11 @@ def _show(arguments: argparse.Namespace) -> int:
             (_short(version.digest), ranks, f"{megabytes:.1f}", _date(version.added), aliased)
         )
     print(table(["version", "ranks", "MB", "added", "aliases"], rows), end="\n\n")
-    history = [
+    moves = [
         (_date(event.at), event.action, event.alias, _short(event.digest) if event.digest else "-")
         for event in reversed(events)
     ]
-    print(table(["when", "action", "alias", "version"], history))
+    print(table(["when", "action", "alias", "version"], moves))
     return 0
 
 

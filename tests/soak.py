@@ -5,9 +5,6 @@ kill    a store's writer killed at random points: whole every time
 """
 
 import argparse
-import json
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from benchmarks.row import write_row
 from tests.adapters.fuzzing import run
 from tests.adapters.killing import kill_once
 from tests.adapters.test_killing import several_adapters
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "soak.jsonl"
 Item = TypeVar("Item")
 
 
@@ -62,18 +59,8 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rora-soak-") as folder:
         found = soak(Path(folder), arguments.count or count, arguments.first)
-    row = {
-        "soak": arguments.name,
-        **found,
-        "seconds": round(time.monotonic() - started, 1),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row))
+    figures = {"soak": arguments.name, **found, "seconds": round(time.monotonic() - started, 1)}
+    write_row("soak", figures, ["filelock", "google-re2", "numpy"])
 
 
 def progress(items: Iterable[Item]) -> Iterator[Item]:
@@ -84,17 +71,6 @@ def progress(items: Iterable[Item]) -> Iterator[Item]:
         if time.monotonic() - said > 10:
             said = time.monotonic()
             print(f"{number + 1} done", file=sys.stderr, flush=True)
-
-
-def commit() -> str:
-    """Return the commit that is checked, with a + if the tree differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return described.stdout.strip()
 
 
 if __name__ == "__main__":

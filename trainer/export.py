@@ -7,6 +7,7 @@ from typing import Any
 
 from adapters import AdapterConfig, open_artifact, weights_digest, write_artifact
 from adapters.errors import TrainingError
+from adapters.patterns import targeted
 from trainer.config import TrainConfig
 from trainer.lora_linear import LoraLinear
 from trainer.model import BaseModel
@@ -26,12 +27,8 @@ def adapter_config(config: TrainConfig, base_name: str, target_modules: list[str
 def peft_targets(base: BaseModel, modules: list[str]) -> list[str]:
     """Return PEFT's `target_modules` for just these modules: last names or, if need be, paths."""
     last_names = sorted({module.rpartition(".")[2] for module in modules})
-    matched = [
-        name
-        for name, _ in base.model.named_modules()
-        if any(name == last or name.endswith(f".{last}") for last in last_names)
-    ]
-    return last_names if sorted(matched) == sorted(modules) else sorted(modules)
+    matched = targeted(last_names, [name for name, _ in base.model.named_modules()])
+    return last_names if matched == set(modules) else sorted(modules)
 
 
 def export(

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters import AdapterArtifact, AdapterConfig, resolve_scalings
 from adapters.config import ALL_LINEAR
 from adapters.errors import AdapterMismatchError, ConfigError
+from adapters.patterns import targeted
 from adapters.validation import check_values
 from trainer.lora_linear import LoraLinear
 
@@ -28,13 +29,9 @@ def target_modules(model: PreTrainedModel, targets: tuple[str, ...]) -> dict[str
     }
     if targets == (ALL_LINEAR,):
         return linear
-    chosen = {}
+    chosen: set[str] = set()
     for target in targets:
-        matched = {
-            name: module
-            for name, module in linear.items()
-            if name == target or name.endswith(f".{target}")
-        }
+        matched = targeted((target,), list(linear))
         if not matched:
             ends = sorted({name.rpartition(".")[2] for name in linear})
             raise ConfigError(

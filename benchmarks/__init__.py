@@ -1,0 +1,1 @@
+"""Measurements that the documents cite; each prints one JSON line and keeps it in results/."""

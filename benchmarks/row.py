@@ -1,0 +1,55 @@
+"""What every row of results holds beside its figures, and where rows are kept."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median of repeats with the least and the largest."""
+    return {
+        "median": round(statistics.median(values), 4),
+        "least": round(min(values), 4),
+        "largest": round(max(values), 4),
+    }
+
+
+def write_row(name: str, figures: dict[str, object], packages: Sequence[str]) -> None:
+    """Append a row to results/<name>.jsonl and print it as the last line."""
+    row = {
+        "benchmark": name,
+        **figures,
+        "commit": commit(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    line = json.dumps(row)
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(line)
+
+
+def commit() -> str:
+    """Return the commit that is measured, with a + if the tree differs from it."""
+    described = subprocess.run(
+        ["/usr/bin/env", "git", "describe", "--always", "--dirty=+"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return described.stdout.strip()
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
