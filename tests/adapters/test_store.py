@@ -207,23 +207,27 @@ def test_an_alias_without_a_version_is_a_broken_record(store: AdapterStore, adap
 def add_many(root: Path, folders: list[Path]) -> None:
     for folder in folders:
         AdapterStore(root).add(folder, name="shared")
+        AdapterStore(root).add(folder, name=folder.name)
 
 
 def test_several_processes_add_to_one_name_at_once(
     store: AdapterStore, adapter: Path, tmp_path: Path
 ) -> None:
-    folders = [another_version(adapter, tmp_path, str(number)) for number in range(8)]
+    folders = [another_version(adapter, tmp_path, str(number)) for number in range(16)]
     spawn = multiprocessing.get_context("spawn")
     processes = [
-        spawn.Process(target=add_many, args=(store.root, folders[half::2])) for half in (0, 1)
+        spawn.Process(target=add_many, args=(store.root, folders[part::4])) for part in range(4)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    (record,) = store.names()
-    assert len(record.versions) == 8
+    records = {record.name: record for record in store.names()}
+    assert len(records["shared"].versions) == 16
+    assert set(records) == {"shared", *(folder.name for folder in folders)}
+    for name in records:
+        verify(store.resolve(name))
 
 
 @pytest.mark.parametrize(
