@@ -20,13 +20,13 @@ from adapters.folder import (
     WEIGHTS_FILE,
 )
 from adapters.header import TensorInfo, header_of
-from adapters.limits import MAX_ADAPTER_BYTES
+from adapters.limits import MAX_ADAPTER_BYTES, MAX_READ_RANK
 from adapters.problems import Code, Problem, refusal
 from adapters.reading import open_regular, reading
 from adapters.scaling import ModuleScaling, find_scalings
 from adapters.tensors import NUMPY_DTYPES, Array, open_tensors
 
-_MAX_CLASSIFIED = 1000  # of the tensors that are no factors; more of them say nothing new
+_MAX_CLASSIFIED = 100  # of the tensors that are no factors; more of them say nothing new
 PEFT_PREFIX = "base_model.model."
 _TENSOR_NAME = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\."
@@ -59,7 +59,7 @@ _OTHER_TENSORS = (
     ),
     (r".*\bbias", Code.TENSOR_BIAS, "a bias; adapters with biases are not served"),
     (
-        r".*\b(embed_tokens|lm_head|wte|wpe|embed_in|embed_out|word_embeddings|embeddings?)\.weight",
+        r".*\.base_layer\.weight|.*\b(embed_tokens|lm_head|wte|wpe|embed_in|embed_out|word_embeddings|embeddings?)\.weight",
         Code.TENSOR_BASE_WEIGHT,
         "a full weight of the base model, which PEFT saves beside LoRA when the vocabulary grew; "
         "train on the base's own vocabulary, or save with save_embedding_layers=False",
@@ -136,6 +136,11 @@ class AdapterArtifact:
             for module in sorted(self.modules.values(), key=lambda m: m.lora_a.start):
                 yield module, file.read(module.lora_a), file.read(module.lora_b)
 
+    def read_module(self, module: LoraModule) -> tuple[Array, Array]:
+        """Return A and B of one module; otherwise as `read_tensors`."""
+        with open_tensors(self.weights_path) as file:
+            return file.read(module.lora_a), file.read(module.lora_b)
+
     def read_chunks(self) -> Iterator[tuple[LoraModule, TensorInfo, Iterator[memoryview]]]:
         """Yield every tensor, sorted by name, with an iterator over its bytes.
 
@@ -164,7 +169,7 @@ def read_folder(folder: Path) -> tuple[AdapterArtifact | None, list[Problem]]:
 
     Cost: two files, no tensor.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112  (Path.is_dir raises for names too long)
         message = "no such folder, an adapter folder written by rora-train or PEFT is expected"
         return None, [Problem(Code.FOLDER_MISSING, folder.name or str(folder), message)]
     problems: list[Problem] = []
@@ -191,10 +196,9 @@ def read_folder(folder: Path) -> tuple[AdapterArtifact | None, list[Problem]]:
         return None, problems
     factors, found = _pair(tensors)
     problems += found
-    if config is None:
-        return None, problems
     modules, found = _modules(config, factors)
-    return AdapterArtifact(folder, config, modules), [*problems, *found]
+    # Without a configuration the factors can still be looked at; the problems say what is missing.
+    return AdapterArtifact(folder, config or _NO_CONFIG, modules), [*problems, *found]
 
 
 def _missing_weights(folder: Path) -> Problem:
@@ -233,12 +237,14 @@ _Factors = dict[tuple[str, Kind], dict[str, TensorInfo]]
 def _pair(tensors: Mapping[str, TensorInfo]) -> tuple[_Factors, list[Problem]]:
     """Return the factors by module and kind, and name every tensor that is none."""
     problems: list[Problem] = []
+    num_others = 0
     factors: _Factors = {}
     for name, tensor in tensors.items():
         match = _TENSOR_NAME.fullmatch(name)
         if match is None:
-            few = len(problems) < _MAX_CLASSIFIED
-            problems.append(_other_tensor(name) if few else _unknown_tensor(name))
+            num_others += 1
+            if num_others <= _MAX_CLASSIFIED:
+                problems.append(_other_tensor(name))
             continue
         if tensor.dtype not in NUMPY_DTYPES:
             message = f"is {tensor.dtype}, one of {', '.join(NUMPY_DTYPES)} is expected"
@@ -246,6 +252,9 @@ def _pair(tensors: Mapping[str, TensorInfo]) -> tuple[_Factors, list[Problem]]:
         kind: Kind = "embedding" if "embedding" in match["factor"] else "linear"
         side = "B" if "_B" in match["factor"] else "A"
         factors.setdefault((match["module"], kind), {})[side] = tensor
+    if num_others > _MAX_CLASSIFIED:
+        message = f"{num_others - _MAX_CLASSIFIED} more tensors are no factors of LoRA"
+        problems.append(Problem(Code.TENSOR_UNKNOWN, WEIGHTS_FILE, message))
     if not tensors:
         message = "holds no tensor, factors A and B are expected; export the adapter again"
         problems.append(Problem(Code.TENSORS_NONE, WEIGHTS_FILE, message))
@@ -256,10 +265,6 @@ def _other_tensor(name: str) -> Problem:
     for pattern, code, message in _OTHER_TENSORS:
         if re.fullmatch(pattern, name):
             return Problem(code, name, message)
-    return _unknown_tensor(name)
-
-
-def _unknown_tensor(name: str) -> Problem:
     message = (
         "no factor of LoRA, base_model.model.<module>.lora_A.weight or .lora_B.weight is expected"
     )
@@ -267,16 +272,19 @@ def _unknown_tensor(name: str) -> Problem:
 
 
 def _modules(
-    config: AdapterConfig, factors: _Factors
+    config: AdapterConfig | None, factors: _Factors
 ) -> tuple[dict[str, LoraModule], list[Problem]]:
     """Return the modules that have both factors, and say what is wrong with any."""
     names = list(dict.fromkeys(module for module, _ in factors))
-    scalings, problems = find_scalings(config, names)
-    try:
-        untargeted = set(names) - config.targets(names)
-    except ArtifactError as error:
-        untargeted = set()
-        problems += error.problems
+    scalings: dict[str, ModuleScaling] = {}
+    problems: list[Problem] = []
+    untargeted: set[str] = set()
+    if config is not None:
+        scalings, problems = find_scalings(config, names)
+        try:
+            untargeted = set(names) - config.targets(names)
+        except ArtifactError as error:
+            problems += error.problems
     modules = {}
     for (name, kind), sides in factors.items():
         if name in untargeted:
@@ -293,12 +301,16 @@ def _modules(
         problem = _shape_problem(name, sides["A"], sides["B"], scalings.get(name))
         if problem is not None:
             problems.append(problem)
-        elif name in scalings and all(t.dtype in NUMPY_DTYPES for t in sides.values()):
-            scaling = scalings[name]
+        elif all(tensor.dtype in NUMPY_DTYPES for tensor in sides.values()):
+            scaling = scalings.get(name, ModuleScaling(sides["A"].shape[0], 1.0, 1.0))
             modules[name] = LoraModule(
                 name, kind, scaling.rank, scaling.alpha, scaling.scaling, sides["A"], sides["B"]
             )
     return modules, problems
+
+
+# Stands for a configuration that can not be read; what it scales has a scaling of 1.
+_NO_CONFIG = AdapterConfig(rank=1, lora_alpha=1.0)
 
 
 def _shape_problem(
@@ -318,4 +330,7 @@ def _shape_problem(
             "export the adapter again or correct rank_pattern"
         )
         return Problem(Code.RANK_CONFIG, name, message)
+    if a[0] > MAX_READ_RANK:
+        message = f"rank {a[0]}, at most {MAX_READ_RANK} is read"
+        return Problem(Code.RANK_TOO_LARGE, name, message)
     return None

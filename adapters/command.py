@@ -1,5 +1,6 @@
 """What our three commands share: one line for an error, and the exit codes 0, 1 and 2."""
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,9 @@ def run_command(program: str, action: Callable[[], int]) -> int:
 
     Returns: what `action` returned, 2 for wrong usage, 1 for any other failure, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not know every character
+            stream.reconfigure(errors="replace")
     try:
         return action()
     except (ConfigError, AdapterNameError) as error:

@@ -23,7 +23,7 @@ _MAX_UNKNOWN = 20  # named of a file that has more
 _WITHOUT_EFFECT = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "buffer_size", "direction", "dirichlet_prior",
-        "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode", "kl_loss_weight",
+        "eva_config", "fan_in_fan_out", "inference_mode", "kl_loss_weight",
         "layers_pattern", "lora_dropout", "megatron_config", "megatron_core", "num_samples",
         "peft_version", "qalora_group_size", "revision", "runtime_config", "sample_scaler",
         "scale", "stable_gamma", "task_type", "use_entropy",
@@ -34,6 +34,7 @@ _UNSERVED_KINDS: Mapping[str, tuple[Code, str]] = {
     "alora_invocation_tokens": (Code.KIND_ACTIVATED_LORA, "an Activated LoRA"),
     "arrow_config": (Code.KIND_ARROW, "an Arrow router"),
     "corda_config": (Code.KIND_CHANGED_BASE, "CorDA, which changes the base weights,"),
+    "ensure_weight_tying": (Code.KIND_TIED_WEIGHTS, "an adapter that is tied to two weights"),
     "exclude_modules": (Code.KIND_EXCLUDED_MODULES, "a choice of modules by exclusion"),
     "kasa_config": (Code.KIND_KASA, "a KaSA adapter"),
     "layer_replication": (Code.KIND_LAYER_REPLICATION, "layer replication"),
@@ -99,7 +100,8 @@ class AdapterConfig:
             "peft_type": "LORA",
             "r": self.rank,
             "rank_pattern": dict(self.rank_pattern),
-            "target_modules": targets if isinstance(targets, str) else sorted(targets),
+            # PEFT chooses by the kind of model if there is no choice, and not if it is empty.
+            "target_modules": targets if isinstance(targets, str) else sorted(targets) or None,
             "task_type": "CAUSAL_LM",
             "use_rslora": self.use_rslora,
         }
@@ -202,7 +204,8 @@ def _unserved(keys: Mapping[str, Any]) -> list[Problem]:
     return [
         Problem(code, key, f"is {shown(keys[key])}: {kind} is not served")
         for key, (code, kind) in _UNSERVED_KINDS.items()
-        if keys.get(key)
+        # To PEFT, 0 is a layer.
+        if keys.get(key) or (key == "layers_to_transform" and keys.get(key) is not None)
     ]
 
 

@@ -6,32 +6,33 @@ sd-scripts; and, given the base model, fused projections whose parts the base ha
 file does not say enough, it is refused: a guess would be an adapter that answers wrongly.
 """
 
+import math
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adapters.artifact import PEFT_PREFIX, open_artifact
+from adapters.artifact import PEFT_PREFIX
 from adapters.config import CHOICE_KEYS, AdapterConfig, parse_config
 from adapters.digest import read_chat_template, read_provenance
 from adapters.errors import ArtifactError
 from adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from adapters.header import TensorInfo, header_of
 from adapters.limits import MAX_ADAPTER_BYTES
-from adapters.problems import Code, Problem, refusal
+from adapters.patterns import PatternTable, check_pattern, targeted
+from adapters.problems import Code, Problem, refusal, shown
 from adapters.reading import open_regular, read_json_file, reading
-from adapters.receipt import BaseShapes
-from adapters.scaling import resolve_scalings
+from adapters.receipt import BaseShapes, find_layer
+from adapters.scaling import exact_config, resolve_scalings
 from adapters.tensors import NUMPY_DTYPES, Array, TensorFile, open_tensors
 from adapters.writer import FactorPair, write_artifact
 
 _PEFT_NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)\."
-    r"(?P<kind>lora|lora_embedding)_(?P<side>A|B)(?:\.(?P<adapter>(?!weight$)\w+))?(?:\.weight)?"
+    r"(?P<kind>lora|lora_embedding)_(?P<side>A|B)(?:\.(?P<adapter>(?!weight$|bias$)\w+))?(?:\.weight)?"
 )
 _KOHYA_NAME = re.compile(r"(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
 # What sd-scripts puts before a module's path, whose dots it makes underscores.
@@ -75,8 +76,16 @@ def convert(source: Path, output: Path, *, base: BaseShapes | None) -> list[str]
             found = _read_kohya(tensors, file, base, weights, notes)
         else:
             found = _read_peft(tensors, file, source, notes)
+    problems = [
+        Problem(Code.VALUES_NOT_FINITE, module, "holds NaN or infinity, numbers are expected")
+        for module, pair in found.factors.items()
+        if not all(np.isfinite(factor.astype(np.float32)).all() for factor in pair)
+    ]
+    if problems:
+        raise refusal(ArtifactError, source, problems)
     if base is not None:
         _split_fused(found, base, notes)
+        _check_fits(found, base)
     provenance = read_provenance(source) if source.is_dir() else {}
     template = read_chat_template(source) if source.is_dir() else None
     write_artifact(
@@ -87,7 +96,6 @@ def convert(source: Path, output: Path, *, base: BaseShapes | None) -> list[str]
         embeddings=found.embeddings,
         chat_template=template,
     )
-    open_artifact(output)
     return notes
 
 
@@ -120,6 +128,7 @@ def _read_peft(
 ) -> _Source:
     found = _Source()
     sides: dict[str, dict[str, TensorInfo]] = {}
+    kinds: dict[str, bool] = {}
     adapters = set()
     problems = []
     for name, tensor in tensors.items():
@@ -129,9 +138,14 @@ def _read_peft(
             problems.append(Problem(Code.LAYOUT_UNKNOWN, name, message))
             continue
         adapters.add(match["adapter"])
-        if match["kind"] == "lora_embedding":
-            found.embeddings.add(match["module"])
-        sides.setdefault(match["module"], {})[match["side"]] = tensor
+        is_embedding = match["kind"] == "lora_embedding"
+        sides.setdefault(match["module"], {})
+        is_mixed = kinds.setdefault(match["module"], is_embedding) != is_embedding
+        if match["side"] in sides[match["module"]] or is_mixed:
+            message = "is one more factor of its module, one A and one B are expected"
+            problems.append(Problem(Code.LAYOUT_AMBIGUOUS, name, message))
+            continue
+        sides[match["module"]][match["side"]] = tensor
     if len(adapters) > 1:
         listed = ", ".join(sorted(str(adapter) for adapter in adapters))
         message = f"holds several adapters ({listed}), one is expected; save each by itself"
@@ -143,7 +157,8 @@ def _read_peft(
         notes.append(f"took the adapter's name {adapters.pop()!r} out of the tensors' names")
     if not any(name.startswith(PEFT_PREFIX) for name in tensors):
         notes.append(f"put the prefix {PEFT_PREFIX!r} before the tensors' names")
-    config = _peft_config(source, sides, notes)
+    found.embeddings = {module for module, is_embedding in kinds.items() if is_embedding}
+    config = _peft_config(source, list(sides), notes)
     scalings = resolve_scalings(config, list(sides))
     for module, pair in sides.items():
         lora_a, lora_b = file.read(pair["A"]), file.read(pair["B"])
@@ -159,10 +174,8 @@ def _read_peft(
     return found
 
 
-def _peft_config(
-    source: Path, sides: Mapping[str, Mapping[str, TensorInfo]], notes: list[str]
-) -> AdapterConfig:
-    """Return the configuration beside PEFT's weights, its choice of modules as the tensors show."""
+def _peft_config(source: Path, modules: list[str], notes: list[str]) -> AdapterConfig:
+    """Return the configuration beside PEFT's weights, with the modules that it chose by path."""
     folder = source if source.is_dir() else source.parent
     try:
         keys = read_json_file(folder / CONFIG_FILE)
@@ -171,15 +184,79 @@ def _peft_config(
         raise refusal(
             ArtifactError, folder, [Problem(Code.CONFIG_MISSING, CONFIG_FILE, message)]
         ) from None
-    chosen = sorted(key for key in CHOICE_KEYS & set(keys) if keys[key])
+    targets = keys.get("target_modules")
+    is_costly = isinstance(targets, str) and check_pattern("target_modules", targets) is not None
     kept: dict[str, Any] = {key: value for key, value in keys.items() if key not in CHOICE_KEYS}
-    if chosen or isinstance(keys.get("target_modules"), str):
-        notes.append(f"wrote out the modules that {', '.join(chosen) or 'target_modules'} chose")
-    kept["target_modules"] = sorted(sides)
+    if is_costly:
+        kept["target_modules"] = None
+        notes.append("did not check that target_modules chooses these modules: it is too costly")
     config, problems = parse_config(kept)
     if config is None or problems:
         raise refusal(ArtifactError, folder, problems)
+    config = _without_idle_keys(config, modules, notes)
+    chosen = config.targets(modules) - _not_chosen(keys, modules)
+    problems = [
+        Problem(Code.TARGET_MISSING, module, "is not a module that the configuration chooses")
+        for module in modules
+        if module not in chosen
+    ]
+    if problems:
+        raise refusal(ArtifactError, folder, problems)
+    used = [key for key in ("target_modules", *sorted(CHOICE_KEYS)) if keys.get(key)]
+    if len(used) > 1 or isinstance(targets, str):
+        notes.append(f"wrote out the modules that {', '.join(used)} chose")
     return config
+
+
+def _without_idle_keys(
+    config: AdapterConfig, modules: list[str], notes: list[str]
+) -> AdapterConfig:
+    """Leave out the keys of patterns that match no module, which change nothing."""
+    kept: dict[str, Any] = {}
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, name)
+        idle = set(PatternTable(pattern).unmatched(modules))
+        kept[name] = {key: value for key, value in pattern.items() if key not in idle}
+        if idle:
+            notes.append(f"left out of {name} what matches no module: {shown(min(idle))}, …")
+    return replace(config, **kept)
+
+
+def _not_chosen(keys: Mapping[str, Any], modules: list[str]) -> set[str]:
+    """Return the modules that `exclude_modules` or `layers_to_transform` leaves out.
+
+    Source: peft 0.21 `tuners/tuners_utils.py: check_target_module_exists`.
+    Raises: ArtifactError: a choice that can not be read.
+    """
+    left_out: set[str] = set()
+    exclude = keys.get("exclude_modules") or []
+    layers, pattern = keys.get("layers_to_transform"), keys.get("layers_pattern")
+    patterns = [pattern] if isinstance(pattern, str) else pattern or ["[^.]*"]
+    layers = [layers] if isinstance(layers, int) else layers
+    problems = []
+    if isinstance(exclude, str):
+        found = check_pattern("exclude_modules", exclude)
+        problems += [] if found is None else [found]
+    elif not isinstance(exclude, list) or not all(isinstance(name, str) for name in exclude):
+        message = f"is {shown(exclude)}, a list of names or one text is expected"
+        problems.append(Problem(Code.KIND_EXCLUDED_MODULES, "exclude_modules", message))
+    plain = isinstance(patterns, list) and all(
+        isinstance(one, str) and re.fullmatch(r"[\w]+|\[\^\.\]\*", one) for one in patterns
+    )
+    if not plain or not (layers is None or isinstance(layers, list)):
+        message = f"with {shown(patterns)} chooses layers in a way that is not read"
+        problems.append(Problem(Code.KIND_CHOSEN_LAYERS, "layers_to_transform", message))
+    if problems:
+        raise refusal(ArtifactError, CONFIG_FILE, problems)
+    if exclude:
+        left_out |= targeted(exclude, modules)
+    if layers:
+        for module in modules:
+            found_layers = [re.match(rf".*\.{one}\.(\d+)\.", module) for one in patterns]
+            indices = [int(match[1]) for match in found_layers if match is not None]
+            if not indices or indices[0] not in layers:
+                left_out.add(module)
+    return left_out
 
 
 # kohya's sd-scripts.
@@ -213,7 +290,11 @@ def _read_kohya(
             problems.append(Problem(code, name, what))
             continue
         side = {"lora_down.weight": "A", "lora_up.weight": "B"}.get(match["part"], "alpha")
-        parts.setdefault(modules[0], {})[side] = tensor
+        if side in parts.setdefault(modules[0], {}):
+            message = f"is one more {side} of {modules[0]}, one is expected"
+            problems.append(Problem(Code.LAYOUT_AMBIGUOUS, name, message))
+            continue
+        parts[modules[0]][side] = tensor
     problems += _missing_partners(parts)
     for module, pair in parts.items():
         shapes = [pair[side].shape for side in ("A", "B") if side in pair]
@@ -229,6 +310,10 @@ def _read_kohya(
         lora_a, lora_b = file.read(pair["A"]), file.read(pair["B"])
         alpha = float(file.read(pair["alpha"]).reshape(-1)[0]) if "alpha" in pair else 0.0
         found.factors[module] = (lora_a, lora_b)
+        if not 0 <= alpha < math.inf:
+            message = f"alpha is {alpha}, a number of at least 0 is expected"
+            problem = Problem(Code.CONFIG_ALPHA, module, message)
+            raise refusal(ArtifactError, weights, [problem])
         # sd-scripts, networks/lora.py: no alpha, or 0, means the rank.
         found.alphas[module] = alpha or float(lora_a.shape[0])
     notes.append("read the layout of kohya's sd-scripts")
@@ -260,7 +345,11 @@ def _split_fused(found: _Source, base: BaseShapes, notes: list[str]) -> None:
         if not parts or module in base.linear or not all(part in base.linear for part in parts):
             continue
         lora_a, lora_b = found.factors[module]
-        sizes = [base.linear[part][0] for part in parts]
+        sizes = [shape[0] for part in parts if (shape := base.linear[part]) is not None]
+        if len(sizes) < len(parts) or any(part in found.factors for part in parts):
+            message = "stands beside its own parts, or the base model's are quantised"
+            problem = Problem(Code.LAYOUT_AMBIGUOUS, module, message)
+            raise refusal(ArtifactError, f"on base model {base.name}", [problem])
         if sum(sizes) != lora_b.shape[0]:
             message = f"B has {lora_b.shape[0]} rows, {' + '.join(map(str, sizes))} are expected"
             problem = Problem(Code.MODULE_SHAPE, module, message)
@@ -273,21 +362,36 @@ def _split_fused(found: _Source, base: BaseShapes, notes: list[str]) -> None:
         notes.append(f"split {module} into {', '.join(p.rpartition('.')[2] for p in parts)}")
 
 
+def _check_fits(found: _Source, base: BaseShapes) -> None:
+    """Refuse modules that the base model does not have, or has in other sizes."""
+    problems = []
+    for module, (lora_a, lora_b) in found.factors.items():
+        if module in found.embeddings:
+            continue
+        path = find_layer(module, base.linear)
+        shape = None if path is None else base.linear[path]
+        if path is None:
+            message = "matches no linear layer of the base model"
+            problems.append(Problem(Code.MODULE_UNMATCHED, module, message))
+        elif shape not in (None, (lora_b.shape[0], lora_a.shape[1])):
+            message = f"is for {[lora_b.shape[0], lora_a.shape[1]]}, the base model has {shape}"
+            problems.append(Problem(Code.MODULE_SHAPE, module, message))
+    if problems:
+        raise refusal(ArtifactError, f"on base model {base.name}", problems)
+
+
 def _rows(lora_b: Array, sizes: list[int]) -> list[Array]:
     return np.split(lora_b, np.cumsum(sizes)[:-1])
 
 
 def _config(found: _Source) -> AdapterConfig:
     """Return the configuration that names every module by its path."""
-    ranks = {module: lora_a.shape[0] for module, (lora_a, _) in found.factors.items()}
-    rank = max(ranks.values())
-    alpha = Counter(found.alphas.values()).most_common(1)[0][0]
-    return AdapterConfig(
-        rank=rank,
-        lora_alpha=alpha,
+    empty = AdapterConfig(
+        rank=1,
+        lora_alpha=1.0,
         use_rslora=found.use_rslora,
-        rank_pattern={module: r for module, r in ranks.items() if r != rank},
-        alpha_pattern={module: a for module, a in found.alphas.items() if a != alpha},
         target_modules=tuple(sorted(found.factors)),
         base_model_name_or_path=found.base_name,
     )
+    ranks = {module: lora_a.shape[0] for module, (lora_a, _) in found.factors.items()}
+    return exact_config(empty, ranks, found.alphas)

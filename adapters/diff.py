@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from adapters.artifact import AdapterArtifact
 from adapters.factors import Delta
+from adapters.validation import checked_tensors
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ def diff(first: AdapterArtifact, second: AdapterArtifact) -> Difference:
 
     Cost: reads both once; matrices of the size of the ranks.
     """
-    theirs = {m.name: (m.rank, Delta(a, b, m.scaling)) for m, a, b in second.read_tensors()}
+    theirs = {m.name: (m.rank, Delta(a, b, m.scaling)) for m, a, b in checked_tensors(second)}
     differences, dots = [], []
-    for module, lora_a, lora_b in first.read_tensors():
+    for module, lora_a, lora_b in checked_tensors(first):
         delta = Delta(lora_a, lora_b, module.scaling)
         norm = delta.norm()
         rank, other = theirs.pop(module.name, (0, None))

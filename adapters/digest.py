@@ -5,14 +5,15 @@ docs/format.md, "Digests", is the specification.
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapters.artifact import AdapterArtifact
 from adapters.folder import CHAT_TEMPLATE_FILE, PROVENANCE_FILE
 from adapters.limits import MAX_TEMPLATE_BYTES
-from adapters.problems import Code
-from adapters.reading import open_regular, read_json_file, reading, refuse
+from adapters.reading import open_regular, read_json_file, reading
 
 
 def weights_digest(artifact: AdapterArtifact) -> str:
@@ -42,26 +43,13 @@ def version_digest(weights: str, folder: Path) -> str:
     sha256("rora-version-1\n" + weights + "\n" + sha256(chat template or "") + "\n" + P) where P is
     the canonical JSON of the probe in rora.json, or "null".
 
-    Raises: ArtifactError: a file that is not what it should be, or a probe with NaN.
+    Raises: ArtifactError: a file that is not what it should be.
     """
     template = hashlib.sha256(read_chat_template(folder) or b"").hexdigest()
-    probe = check_probe(folder)
+    probe = canonical_json(read_provenance(folder).get("probe"))
     return hashlib.sha256(
         b"rora-version-1\n" + f"{weights}\n{template}\n".encode() + probe
     ).hexdigest()
-
-
-def check_probe(folder: Path) -> bytes:
-    """Return the canonical JSON of the probe in rora.json, or "null".
-
-    Raises: ArtifactError: rora.json breaks a rule, or the probe holds NaN or infinity.
-    """
-    probe = read_provenance(folder).get("probe")
-    try:
-        return canonical_json(probe)
-    except ValueError as error:
-        message = f"probe holds what JSON does not have ({error}); write it again"
-        raise refuse(Code.PROBE_NOT_PLAIN, folder / PROVENANCE_FILE, message) from error
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -73,6 +61,32 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         return read_json_file(folder / PROVENANCE_FILE)
     except FileNotFoundError:
         return {}
+
+
+@dataclass(frozen=True)
+class BaseClaim:
+    """What rora.json says of the base model that the adapter was trained on."""
+
+    name: object
+    fingerprint: object
+
+    def is_of_another(self, fingerprint: str, names: Sequence[str]) -> bool:
+        """Tell whether it was another model than the one with this fingerprint and these names.
+
+        A base in another form, as another dtype, has other weights and the same name.
+        """
+        return self.fingerprint != fingerprint and self.name not in names
+
+
+def base_claim(folder: Path) -> BaseClaim | None:
+    """Return what an adapter says of its base model, or None if it says nothing of its weights.
+
+    Raises: ArtifactError: as `read_provenance`.
+    """
+    claim = read_provenance(folder).get("base_model")
+    if not isinstance(claim, dict) or claim.get("fingerprint") is None:
+        return None
+    return BaseClaim(claim.get("name"), claim["fingerprint"])
 
 
 def read_chat_template(folder: Path) -> bytes | None:

@@ -11,11 +11,13 @@ from adapters.digest import read_chat_template, read_provenance
 from adapters.factors import Delta
 from adapters.problems import shown
 from adapters.receipt import Receipt
+from adapters.validation import checked_tensors
 
 _LAYER = re.compile(r"(?P<before>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)")
 _BARS = "▁▂▃▄▅▆▇█"
 _ABSENT = "·"
 _MAX_LISTED = 10
+_MAX_KINDS, _MAX_LAYERS = 200, 1000  # of a table and a picture
 
 Row = Sequence[object]
 
@@ -59,7 +61,7 @@ def described(artifact: AdapterArtifact, *, norms: bool) -> dict[str, Any]:
         for name, module in artifact.modules.items()
     }
     if norms:
-        for module, lora_a, lora_b in artifact.read_tensors():
+        for module, lora_a, lora_b in checked_tensors(artifact):
             modules[module.name]["norm"] = Delta(lora_a, lora_b, module.scaling).norm()
     provenance = read_provenance(artifact.folder)
     ranks = [module.rank for module in artifact.modules.values()]
@@ -99,22 +101,49 @@ def described_text(artifact: AdapterArtifact, description: dict[str, Any]) -> st
 def rank_picture(artifact: AdapterArtifact) -> str:
     """Return a line for each kind of module with a bar for each layer, as high as its rank."""
     by_kind: dict[str, dict[int, int]] = {}
-    for module in artifact.modules.values():
-        kind, layer = _kind(module.name)
-        by_kind.setdefault(kind, {})[layer] = module.rank
+    for name, (kind, layer) in _kinds(artifact).items():
+        by_kind.setdefault(kind, {})[layer] = artifact.modules[name].rank
     highest = max(max(ranks.values()) for ranks in by_kind.values())
     num_layers = 1 + max(max(ranks) for ranks in by_kind.values())
-    width = max(len(kind) for kind in by_kind)
+    shown_kinds = list(by_kind.items())[:_MAX_KINDS]
+    width = max(len(kind) for kind, _ in shown_kinds)
     lines = [f"rank by layer, {_BARS[0]} 1 to {_BARS[-1]} {highest}, {_ABSENT} none"]
     ticks = "".join(f"{layer:<10}" for layer in range(0, num_layers, 10)).rstrip()
     lines.append(f"{'':{width}}  {ticks}")
-    for kind, ranks in by_kind.items():
+    for kind, ranks in shown_kinds:
         bars = "".join(
             _bar(ranks[layer], highest) if layer in ranks else _ABSENT
             for layer in range(num_layers if len(ranks) > 1 else max(ranks) + 1)
         )
         lines.append(f"{kind:{width}}  {bars}")
+    if len(by_kind) > len(shown_kinds):
+        lines.append(f"and {len(by_kind) - len(shown_kinds)} more kinds of module")
     return "\n".join(lines)
+
+
+def _kinds(artifact: AdapterArtifact) -> dict[str, tuple[str, int]]:
+    """Return for each module what it is called in every layer, and its layer; 0 if in none.
+
+    Stacks of layers, as an encoder's and a decoder's, are told apart if there are several.
+    """
+    matches = {name: _LAYER.fullmatch(name) for name in artifact.modules}
+    in_layers = {
+        name: match
+        for name, match in matches.items()
+        if match is not None and len(match["layer"]) <= len(str(_MAX_LAYERS - 1))
+    }
+    several = len({match["before"] for match in in_layers.values()}) > 1
+    return {
+        name: (
+            f"{in_layers[name]['before']}.*.{in_layers[name]['kind']}"
+            if several
+            else in_layers[name]["kind"],
+            int(in_layers[name]["layer"]),
+        )
+        if name in in_layers
+        else (name, 0)
+        for name in artifact.modules
+    }
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
@@ -127,18 +156,12 @@ def _bar(rank: int, highest: int) -> str:
     return _BARS[round((rank - 1) * (len(_BARS) - 1) / max(highest - 1, 1))]
 
 
-def _kind(name: str) -> tuple[str, int]:
-    """Return what a module is called in every layer, and its layer; 0 if it is in none."""
-    match = _LAYER.fullmatch(name)
-    return (match["kind"], int(match["layer"])) if match and len(match["layer"]) < 5 else (name, 0)
-
-
 def _kinds_table(artifact: AdapterArtifact, norms: dict[str, float]) -> str:
     kinds: dict[str, list[LoraModule]] = {}
-    for module in artifact.modules.values():
-        kinds.setdefault(_kind(module.name)[0], []).append(module)
+    for name, (kind, _) in _kinds(artifact).items():
+        kinds.setdefault(kind, []).append(artifact.modules[name])
     rows = []
-    for kind, modules in kinds.items():
+    for kind, modules in list(kinds.items())[:_MAX_KINDS]:
         shapes = {f"{module.out_features} x {module.in_features}" for module in modules}
         row = [
             kind,

@@ -6,15 +6,17 @@ They are far above what training gives, and low enough that a hostile file costs
 MIB = 1024 * 1024
 
 MAX_ADAPTER_BYTES = 16 * 1024 * MIB  # one weights file; rank 512 on a 70B model has 7 GB
-MAX_HEADER_BYTES = 16 * MIB  # 50,000 tensors take 8
+MAX_HEADER_BYTES = 8 * MIB  # 40,000 tensors take 6
 MAX_JSON_BYTES = 4 * MIB  # adapter_config.json, rora.json
 MAX_TEXT_BYTES = 16 * MIB  # README.md, report.html
 MAX_TEMPLATE_BYTES = MIB  # chat_template.jinja
 # Values and containers of one JSON text. An empty list takes two bytes of a file and 64 of memory.
 MAX_JSON_VALUES = 500_000
-MAX_TENSORS = 50_000
+MAX_JSON_DEPTH = 100
+MAX_TENSORS = 40_000
 MAX_DIMENSIONS = 8
 MAX_NAME_LENGTH = 512  # of a tensor
+MAX_READ_RANK = 4096  # what is looked at with matrices of [rank, rank]
 MAX_LORA_RANK = 512  # what vLLM's configuration can be told, and so what is served
 MAX_PATTERN_LENGTH = 1000
 MAX_EXPRESSIONS = 500  # keys of a pattern that are not just the end of a module's path

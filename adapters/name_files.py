@@ -18,19 +18,28 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from adapters.errors import StoreError
+from adapters.errors import ArtifactError, StoreError
+from adapters.limits import MIB
 from adapters.names import (
     LATEST,
     NameHistory,
     NameRecord,
     Version,
     from_json,
+    is_digest,
     is_name,
+    is_time,
     to_json,
 )
+from adapters.reading import open_regular
 from adapters.writer import make_folder, replace_file, sync_folder
 
 _FEW_READS = 32  # names' files that are read in less time than the listing
+
+# What a line of the listing takes, roughly.
+_NAME_BYTES, _VERSION_BYTES, _ALIAS_BYTES = 120, 170, 100
+_SLACK_BYTES = 64 * 1024
+_MAX_NAME_FILE_BYTES, _MAX_LISTING_BYTES = 64 * MIB, 1024 * MIB
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +59,10 @@ class NameFiles:
         self._names = root / "names"
         self._lock = root / ".lock"
         self._listing = _Listing(root / "listing.tsv")
+
+    def exist(self) -> bool:
+        """Tell whether there is a folder of names."""
+        return self._names.is_dir()
 
     def names(self) -> list[str]:
         """Return every name that has a file."""
@@ -75,7 +88,7 @@ class NameFiles:
                     continue
                 self._listing.remember(key, record)
             entries[name] = (key, record)
-        if self._listing.needs_rewriting(len(found), num_read):
+        if num_read > _FEW_READS or self._listing.has_grown_old(entries):
             # Somebody else is at it, or the store can only be read: it is listed all the same.
             with suppress(Timeout, OSError), FileLock(self._lock, timeout=0):
                 self._listing.rewrite(entries)
@@ -88,9 +101,12 @@ class NameFiles:
         """
         path = self._path(name)
         try:
-            text = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+            with open_regular(path, max_bytes=_MAX_NAME_FILE_BYTES) as file:
+                text = file.read()
+        except FileNotFoundError:
             return None
+        except ArtifactError as error:
+            raise StoreError(f"{path}: {error.problems[0].message}") from error
         except OSError as error:
             raise StoreError(f"{path}: can not be read ({error.strerror})") from error
         return from_json(text, name=name, path=path)
@@ -132,7 +148,7 @@ class NameFiles:
                     if name != entry.name and is_name(name):
                         with suppress(FileNotFoundError):
                             found[name] = file_key(entry.stat(follow_symlinks=False))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return {}
         except OSError as error:
             raise StoreError(f"{self._names}: can not be read ({error.strerror})") from error
@@ -146,7 +162,6 @@ class _Listing:
     path: Path
     _entries: dict[str, tuple[str, NameRecord]] = field(default_factory=dict)
     _loaded: str = ""
-    _num_lines: int = 0
 
     def find(self, name: str, key: str) -> NameRecord | None:
         """Return the record of a name whose file is still the one that was copied."""
@@ -160,14 +175,15 @@ class _Listing:
     def load(self) -> None:
         """Read the copy, if it changed since it was read; what is broken in it is left out."""
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path, max_bytes=_MAX_LISTING_BYTES) as file:
                 key = file_key(os.fstat(file.fileno()))
                 if key == self._loaded:
                     return
-                lines = file.read().decode(errors="replace").splitlines()
-        except OSError:
+                text = file.read().decode(errors="replace")
+        except (OSError, ArtifactError):
             return
-        self._loaded, self._num_lines = key, len(lines)
+        self._loaded = key
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a last one without an end is torn
         # The last line of a name counts, so the earlier ones need not be understood.
         newest = {line.partition("\t")[0]: line for line in lines}
         for name, line in newest.items():
@@ -180,9 +196,17 @@ class _Listing:
         with suppress(OSError), self.path.open("a") as file:
             file.write(_line(record, key))
 
-    def needs_rewriting(self, num_names: int, num_read: int) -> bool:
-        """Tell whether the copy is so far behind, or so full of old lines, that it is made anew."""
-        return num_read > 100 or self._num_lines > 2 * num_names + 100
+    def has_grown_old(self, entries: Mapping[str, tuple[str, NameRecord]]) -> bool:
+        """Tell whether most of the file is lines of what is past."""
+        try:
+            num_bytes = self.path.stat().st_size
+        except OSError:
+            return False
+        needed = sum(
+            _NAME_BYTES + _VERSION_BYTES * len(record.versions) + _ALIAS_BYTES * len(record.aliases)
+            for _, record in entries.values()
+        )
+        return num_bytes > 2 * needed + _SLACK_BYTES
 
     def rewrite(self, entries: Mapping[str, tuple[str, NameRecord]]) -> None:
         """Replace the copy; the caller holds the store's lock."""
@@ -191,6 +215,7 @@ class _Listing:
         with suppress(OSError):
             with temporary.open("w") as file:
                 file.writelines(_line(record, key) for key, record in entries.values())
+            self._loaded = file_key(temporary.stat())
             temporary.replace(self.path)
 
 
@@ -214,4 +239,6 @@ def _record(name: str, versions: str, aliases: str) -> NameRecord:
     record = NameRecord(name, tuple(made), meanings)
     if LATEST not in meanings or not {v.digest for v in made}.issuperset(meanings.values()):
         raise ValueError(aliases)
+    if not all(is_digest(v.digest) and is_time(v.added) for v in made):
+        raise ValueError(versions)
     return record

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from adapters.errors import AdapterNameError, AdapterNotFoundError, StoreError
+from adapters.problems import shown
 
 LATEST = "latest"
+DEFAULT_MODEL_NAME = "smollm2-135m-instruct"  # the embedded base model's
 MIN_DIGEST_PREFIX = 12
-MAX_EVENTS = 1000  # of a name's history; older ones are forgotten
+MAX_EVENTS = 200  # of an alias's history; older ones are forgotten
 _RECORD_FORMAT = 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -83,13 +85,13 @@ class NameRecord:
         algorithm, colon, digits = wanted.partition(":")
         if not colon:
             if wanted not in self.aliases:
-                raise AdapterNotFoundError(f"adapter {self.name!r}: no alias {wanted!r}")
+                raise AdapterNotFoundError(f"adapter {self.name!r}: no alias {shown(wanted)!r}")
             return self.version(self.aliases[wanted])
         found = [version for version in self.versions if version.digest.startswith(digits)]
         if algorithm != "sha256" or len(digits) < MIN_DIGEST_PREFIX or len(found) != 1:
             raise AdapterNotFoundError(
-                f"adapter {self.name!r}: {len(found)} versions begin with {wanted!r}; 'sha256:' "
-                f"and at least {MIN_DIGEST_PREFIX} digits of one version are expected"
+                f"adapter {self.name!r}: {len(found)} versions begin with {shown(wanted)!r}; "
+                f"'sha256:' and at least {MIN_DIGEST_PREFIX} digits of one version are expected"
             )
         return found[0]
 
@@ -128,8 +130,11 @@ class NameHistory:
                 continue
             if event.digest is None:
                 trail = []
-            elif event.action == "rollback" and event.digest in trail:
-                del trail[len(trail) - trail[::-1].index(event.digest) :]
+            elif event.action == "rollback":
+                while trail and trail[-1] != event.digest:
+                    trail.pop()
+                # What it went back to may be older than what is remembered.
+                trail = trail or [event.digest]
             else:
                 trail.append(event.digest)
         held = {version.digest for version in self.record.versions}
@@ -138,9 +143,11 @@ class NameHistory:
         return earlier[-1] if earlier else None
 
     def _after(self, aliases: Mapping[str, str], event: Event) -> "NameHistory":
-        return NameHistory(
-            replace(self.record, aliases=aliases), (*self.events, event)[-MAX_EVENTS:]
-        )
+        events = [*self.events, event]
+        moves = [place for place, old in enumerate(events) if old.alias == event.alias]
+        for place in reversed(moves[:-MAX_EVENTS]):
+            del events[place]
+        return NameHistory(replace(self.record, aliases=aliases), tuple(events))
 
 
 def check_name(name: str) -> str:
@@ -149,9 +156,11 @@ def check_name(name: str) -> str:
     Raises: AdapterNameError: it breaks the grammar or is reserved.
     """
     if not is_name(name):
-        raise AdapterNameError(f"adapter name {name!r}: {_GRAMMAR}")
+        raise AdapterNameError(f"adapter name {shown(name)!r}: {_GRAMMAR}")
     if name == LATEST:
         raise AdapterNameError(f"adapter name {name!r}: reserved for the newest version's alias")
+    if name == DEFAULT_MODEL_NAME:
+        raise AdapterNameError(f"adapter name {name!r}: reserved for the embedded base model")
     return name
 
 
@@ -161,7 +170,7 @@ def check_alias(alias: str) -> str:
     Raises: AdapterNameError: it breaks the grammar.
     """
     if not is_name(alias):
-        raise AdapterNameError(f"alias {alias!r}: {_GRAMMAR}")
+        raise AdapterNameError(f"alias {shown(alias)!r}: {_GRAMMAR}")
     return alias
 
 
@@ -174,6 +183,11 @@ _GRAMMAR = (
 def is_name(text: str) -> bool:
     """Tell whether `text` keeps the grammar of names."""
     return _NAME.fullmatch(text) is not None
+
+
+def is_time(seconds: object) -> bool:
+    """Tell whether this is seconds since the epoch, before the year 10000."""
+    return isinstance(seconds, int) and 0 <= seconds < 253_402_300_800
 
 
 def is_digest(text: object) -> bool:
@@ -206,12 +220,19 @@ def from_json(text: bytes, *, name: str, path: Path) -> NameHistory:
             )
         versions = [Version(**entry) for entry in content["versions"]]
         record = checked_record(name, versions, content["aliases"])
-        events = tuple(Event(**entry) for entry in content.get("history", []))
+        events = tuple(_checked_event(Event(**entry)) for entry in content.get("history", []))
     except StoreError as error:
         raise StoreError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path}: not a record of versions and aliases ({error})") from error
     return NameHistory(record, events)
+
+
+def _checked_event(event: Event) -> Event:
+    texts = (event.alias, event.action, event.digest or "")
+    if not is_time(event.at) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a move of an alias is not what it should be")
+    return event
 
 
 def checked_record(name: str, versions: Sequence[Version], aliases: Any) -> NameRecord:
@@ -222,9 +243,11 @@ def checked_record(name: str, versions: Sequence[Version], aliases: Any) -> Name
     for version in versions:
         if not (is_digest(version.digest) and is_digest(version.weights_digest)):
             raise ValueError(f"{version.digest!r} is no sha256")
-        counts = (version.num_bytes, version.min_rank, version.max_rank, version.added)
-        if not all(isinstance(count, int) for count in counts):
-            raise ValueError("a count is no integer")
+        counts = (version.num_bytes, version.min_rank, version.max_rank)
+        if not all(isinstance(count, int) and 0 <= count < 2**63 for count in counts):
+            raise ValueError("a count is no integer of 64 bits")
+        if not is_time(version.added):
+            raise ValueError("a time is none")
     record = NameRecord(name, tuple(versions), aliases)
     for digest in (aliases[LATEST], *aliases.values()):
         record.version(digest)

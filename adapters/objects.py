@@ -11,8 +11,9 @@ A lock that its process does not hold any more is one that a killed process left
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -20,9 +21,10 @@ from adapters.artifact import open_artifact
 from adapters.digest import read_provenance, version_digest, weights_digest
 from adapters.errors import ArtifactError
 from adapters.folder import MAX_FILE_BYTES, PROVENANCE_FILE
+from adapters.limits import MIB
 from adapters.names import is_digest
 from adapters.problems import Code, Problem, refusal, shown
-from adapters.reading import open_regular
+from adapters.reading import open_regular, reading
 from adapters.writer import make_folder, sync_folder, write_chunks
 
 
@@ -76,7 +78,7 @@ class Objects:
     def incoming(self, source: Path) -> Iterator[Path]:
         """Yield a copy of an adapter's files, which is gone afterwards unless it was placed.
 
-        Raises: ArtifactError: a file that is a link, no file, or too large.
+        Raises: ArtifactError: a file that is a link, no file, too large, or can not be read.
         """
         incoming = self._incoming / secrets.token_hex(6)
         claim = _claim_of(incoming)
@@ -89,8 +91,13 @@ class Objects:
             incoming.mkdir()
         delete(left_behind)
         try:
+            before = _state(source)
             for name, max_bytes in MAX_FILE_BYTES.items():
                 _copy(source / name, incoming / name, max_bytes)
+            if _state(source) != before:
+                message = "were changed while they were copied; add the adapter again"
+                problem = Problem(Code.FILE_CHANGED, "files", message)
+                raise refusal(ArtifactError, source, [problem])
             sync_folder(incoming)
             yield incoming
         finally:
@@ -106,23 +113,31 @@ class Objects:
         folder = self.folder(digest)
         try:
             return folder.is_dir() and digests_of(folder)[1] == digest
-        except ArtifactError:
+        except ArtifactError as error:
+            if Code.FILE_UNREADABLE in error.codes:
+                raise  # that says nothing of what the file holds
             return False
 
-    def place(self, incoming: Path, digest: str, *, is_whole: bool) -> None:
+    def place(
+        self, incoming: Path, digest: str, *, is_whole: bool, is_needed: Callable[[], bool]
+    ) -> None:
         """Give a checked copy its name, unless that version is there whole. Under the lock.
 
         Args:
             incoming: the copy.
             digest: of its version.
             is_whole: what `is_whole` said before the lock was taken.
+            is_needed: tells whether anybody would miss the version that is there.
         Raises: ArtifactError: the version is there and names another base model.
         """
         target = self.folder(digest)
         if target.exists():
             if is_whole or self.is_whole(digest):
-                _check_same_base(target, incoming)
-                return
+                problem = _other_base(target, incoming)
+                if problem is None:
+                    return
+                if is_needed():
+                    raise refusal(ArtifactError, "adapter", [problem])
             delete([self.to_trash(digest)])
         incoming.rename(target)
         sync_folder(self._objects)
@@ -139,6 +154,8 @@ class Objects:
         """
         leased = set()
         for path in _listed(self._leases):
+            if path.is_dir():
+                continue  # nobody's lease
             if _is_claimed(path):
                 leased.add(path.name.partition(".")[0])
             else:
@@ -153,7 +170,11 @@ class Objects:
     def left_behind(self) -> list[Path]:
         """Return what killed writers left: copies, their claims, trash. Under the lock."""
         copies = {path.with_suffix("") for path in _listed(self._incoming)}
-        left = [copy for copy in sorted(copies) if not _is_claimed(_claim_of(copy))]
+        left = [
+            copy
+            for copy in sorted(copies)
+            if not _claim_of(copy).is_dir() and not _is_claimed(_claim_of(copy))
+        ]
         return [*left, *map(_claim_of, left), *_listed(self._trash)]
 
     def num_bytes(self, digest: str) -> int:
@@ -167,7 +188,8 @@ def delete(paths: Iterable[Path]) -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def digests_of(folder: Path) -> tuple[str, str]:
@@ -180,8 +202,8 @@ def digests_of(folder: Path) -> tuple[str, str]:
     return weights, version_digest(weights, folder)
 
 
-def _check_same_base(stored: Path, given: Path) -> None:
-    """Refuse weights that are stored already and now claim another base model.
+def _other_base(stored: Path, given: Path) -> Problem | None:
+    """Say that weights which are stored already claim another base model now.
 
     A version keeps the rora.json that it came with, so the new claim would be lost.
     """
@@ -191,17 +213,40 @@ def _check_same_base(stored: Path, given: Path) -> None:
             f"names base model {shown(claims[1])}, the store holds these very weights with "
             f"{shown(claims[0])}; add the folder that is right to a store of its own"
         )
-        problem = Problem(Code.BASE_OTHER, PROVENANCE_FILE, message)
-        raise refusal(ArtifactError, "base_model", [problem])
+        return Problem(Code.BASE_OTHER, PROVENANCE_FILE, message)
+    return None
 
 
 def _copy(source: Path, target: Path, max_bytes: int) -> None:
     """Copy a file, if there is one; a link or anything else but a file is refused."""
     try:
         with open_regular(source, max_bytes=max_bytes) as file:
-            write_chunks(target, iter(lambda: file.read(1024 * 1024), b""))
+            write_chunks(target, _chunks(file, source))
     except FileNotFoundError:
         return
+
+
+def _state(folder: Path) -> list[tuple[int, ...] | None]:
+    """Return what tells one state of an adapter's files from another."""
+    found: list[tuple[int, ...] | None] = []
+    for name in MAX_FILE_BYTES:
+        try:
+            status = (folder / name).lstat()
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            found.append((status.st_dev, status.st_ino, status.st_size, *times))
+    return found
+
+
+def _chunks(file: BinaryIO, source: Path) -> Iterator[bytes]:
+    while True:
+        with reading(source):
+            chunk = file.read(MIB)
+        if not chunk:
+            return
+        yield chunk
 
 
 def _claim_of(incoming: Path) -> Path:

@@ -16,12 +16,19 @@ import re2
 
 from adapters.errors import ArtifactError
 from adapters.folder import CONFIG_FILE
-from adapters.limits import MAX_EXPRESSIONS, MAX_PATTERN_LENGTH, MAX_PATTERN_STEPS
+from adapters.limits import (
+    MAX_EXPRESSIONS,
+    MAX_PATTERN_LENGTH,
+    MAX_PATTERN_STEPS,
+    MAX_TENSORS,
+)
 from adapters.problems import Code, Problem, refusal, shown
 
-_PLAIN = re.compile(r"[A-Za-z0-9_.]+")
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 # What both engines accept and read differently. No module path needs it.
-_READ_DIFFERENTLY = ("{,", "[[", "[:", "--", "&&", "||", "~~")
+_READ_DIFFERENTLY = re.compile(r"\{,|\[\[|\[:|--|&&|\|\||~~|\\\d|\(\?[aiLmsux-]|[^\x20-\x7e]")
+_SHORT = 100  # characters of a pattern that Python compiles at once, whatever they are
+_MAX_NAMED = 100  # keys without a match; more of them say nothing new
 _MAX_PROGRAM_BYTES = 64 * 1024  # of one expression, compiled
 
 Value = TypeVar("Value")
@@ -30,9 +37,9 @@ Value = TypeVar("Value")
 class PatternTable:
     r"""Finds the first key that matches a module, by PEFT's rule: `(.*\.)?(key)$` from the start.
 
-    A plain key of letters, digits, "_" and "." matches the end of a path, after a dot or from its
-    beginning, where a dot of the key stands for any character. Those keys are grouped by length and
-    by where their dots are, so that a path is looked up once in each group that can match it.
+    A plain key of letters, digits, "_", "-" and "." matches the end of a path, after a dot or from
+    its beginning, where a dot of the key stands for any character. Those keys are grouped by length
+    and by where their dots are, so that a path is looked up once in each group that can match it.
 
     Args:
         keys: in the order of the configuration; each passes `check_pattern`.
@@ -87,6 +94,9 @@ class PatternTable:
 
 def check_keys(name: str, keys: Sequence[str]) -> list[Problem]:
     """Say which keys of `rank_pattern` or `alpha_pattern` can not be matched as PEFT would."""
+    if len(keys) > MAX_TENSORS:
+        message = f"{len(keys)} keys, at most {MAX_TENSORS} are expected"
+        return [Problem(Code.PATTERN_TOO_COSTLY, name, message)]
     num_expressions = sum(not _PLAIN.fullmatch(key) for key in keys)
     if num_expressions > MAX_EXPRESSIONS:
         message = (
@@ -110,11 +120,11 @@ def check_pattern(where: str, pattern: str) -> Problem | None:
     if len(pattern) > MAX_PATTERN_LENGTH:
         message = f"{len(pattern)} characters, at most {MAX_PATTERN_LENGTH} are expected"
         return Problem(Code.PATTERN_TOO_LONG, where, message)
-    problem = _syntax_problem(where, pattern)
-    if problem is not None:
-        return problem
-    if any(part in pattern for part in _READ_DIFFERENTLY):
-        reason = "a construction that regular-expression engines read differently"
+    if _PLAIN.fullmatch(pattern):
+        return None
+    difference = _READ_DIFFERENTLY.search(pattern)
+    if difference is not None:
+        reason = f"{shown(difference[0])}, which engines read differently"
     else:
         try:
             _compiled(pattern)
@@ -122,10 +132,13 @@ def check_pattern(where: str, pattern: str) -> Problem | None:
             text = error.args[0]
             reason = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
         else:
-            return None
+            return _syntax_problem(where, pattern)
+    problem = _syntax_problem(where, pattern) if len(pattern) < _SHORT else None
+    if problem is not None:
+        return problem  # the plainer words
     message = (
         f"{shown(pattern)!r} can not be matched in bounded time ({shown(reason)}); "
-        "write module paths instead, or convert the adapter"
+        "write module paths instead"
     )
     return Problem(Code.PATTERN_TOO_COSTLY, where, message)
 
@@ -160,10 +173,18 @@ def match_modules(
     matched = {module: table.first_match(module) for module in modules}
     unmatched = []
     if len({key for key in matched.values() if key is not None}) < len(table.keys):
+        idle = table.unmatched(modules)
         unmatched = [
-            Problem(Code.PATTERN_WITHOUT_MATCH, f"{name}: {shown(key)}", "matches no module")
-            for key in table.unmatched(modules)
+            Problem(
+                Code.PATTERN_WITHOUT_MATCH,
+                f"{name}: {shown(key)}",
+                "matches no module; take it out, or convert the adapter",
+            )
+            for key in idle[:_MAX_NAMED]
         ]
+        if len(idle) > _MAX_NAMED:
+            message = f"{len(idle) - _MAX_NAMED} more keys match no module"
+            unmatched.append(Problem(Code.PATTERN_WITHOUT_MATCH, name, message))
     return {m: pattern[key] for m, key in matched.items() if key is not None}, unmatched
 
 
@@ -186,6 +207,12 @@ def targeted(targets: Sequence[str] | str, modules: Sequence[str]) -> set[str]:
         for module in modules
         if any(module[start:] in wanted for start in _suffix_starts(module))
     }
+
+
+def idle_targets(targets: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Return those of the names in `target_modules` that choose none of `modules`."""
+    ends = {module[start:] for module in modules for start in _suffix_starts(module)}
+    return [target for target in targets if target not in ends]
 
 
 def check_steps(name: str, steps: int) -> None:

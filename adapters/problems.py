@@ -3,6 +3,7 @@
 docs/format.md, "Codes", says what each code means; a code never changes its meaning.
 """
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +15,10 @@ from adapters.errors import ArtifactError
 _MAX_SHOWN = 8
 _MAX_PLACES = 2
 _MAX_VALUE_LENGTH = 120
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = _MAX_VALUE_LENGTH
+_REPR.maxlist = _REPR.maxdict = 10
 
 Refused = TypeVar("Refused", bound=ArtifactError)
 
@@ -38,7 +43,6 @@ class Code(StrEnum):
     JSON_TOO_MANY_VALUES = "json-too-many-values"
     JSON_DUPLICATE_KEY = "json-duplicate-key"
     JSON_NOT_OBJECT = "json-not-object"
-    PROBE_NOT_PLAIN = "probe-not-plain"
     # The header of the weights file.
     HEADER_CUT = "header-cut"
     HEADER_PAST_END = "header-past-end"
@@ -102,6 +106,7 @@ class Code(StrEnum):
     KIND_MONTECLORA = "kind-monteclora"
     KIND_PARAMETERS = "kind-parameters"
     KIND_QALORA = "kind-qalora"
+    KIND_TIED_WEIGHTS = "kind-tied-weights"
     KIND_TOKENS = "kind-tokens"
     KIND_VELORA = "kind-velora"
     # Numbers.
@@ -175,6 +180,8 @@ def refusal(kind: type[Refused], place: Path | str, problems: Iterable[Problem])
 
 def shown(value: object) -> str:
     """Return a value from somebody else's file as a message may hold it: short, on one line."""
-    text = value if isinstance(value, str) else repr(value)
-    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}…"
+    text = value if isinstance(value, str) else _REPR.repr(value)
+    # Cut before it is looked at: it may be megabytes.
+    cut = text[: _MAX_VALUE_LENGTH + 1]
+    cut = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in cut)
+    return cut if len(cut) <= _MAX_VALUE_LENGTH else f"{cut[:_MAX_VALUE_LENGTH]}…"

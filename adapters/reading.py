@@ -5,6 +5,7 @@ Every function raises ArtifactError with one problem, named by the file.
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from adapters.errors import ArtifactError
-from adapters.limits import MAX_JSON_BYTES, MAX_JSON_VALUES
+from adapters.limits import MAX_JSON_BYTES, MAX_JSON_DEPTH, MAX_JSON_VALUES
 from adapters.problems import Code, Problem, refusal, shown
 
 
@@ -76,8 +77,9 @@ def read_json_file(path: Path) -> dict[str, Any]:
 def parse_json_object(content: bytes, *, path: Path, where: str) -> dict[str, Any]:
     """Return the object that a JSON text holds, having bounded what it can cost.
 
-    Raises: ArtifactError: not UTF-8, not JSON, more than 500,000 values, a key twice in one object,
-        a number or text that Python reads and others do not, or no object.
+    Raises: ArtifactError: not UTF-8, not JSON, more than 500,000 values or 100 levels, a key twice
+        in one object, NaN, infinity or half a character, which Python reads and others do not, or
+        no object.
     Cost: at most about 100 bytes of memory for each value.
     """
     # Counted in bytes, so text is counted too: an upper bound, which is what a bound needs.
@@ -91,7 +93,14 @@ def parse_json_object(content: bytes, *, path: Path, where: str) -> dict[str, An
         message = f"not UTF-8 ({error.reason} at byte {error.start}); write it again"
         raise refuse(Code.JSON_NOT_TEXT, path, message, where=where) from error
     try:
-        parsed = json.loads(text, object_pairs_hook=_object_without_duplicates)
+        parsed = json.loads(
+            text,
+            object_pairs_hook=_object_without_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+        if num_values > MAX_JSON_DEPTH:
+            _check_depth(parsed)
     except _DuplicateKeyError as error:
         message = f"key {shown(error.args[0])!r} stands twice in one object, once is expected"
         raise refuse(Code.JSON_DUPLICATE_KEY, path, message, where=where) from error
@@ -117,6 +126,31 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _DuplicateKeyError(key)
         found[key] = value
     return found
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (math.inf, -math.inf):
+        raise ValueError(f"{shown(text)} is above any number of 64 bits")
+    return value
+
+
+def _check_depth(parsed: Any) -> None:
+    level = [parsed]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            part
+            for container in level
+            for part in (container.values() if isinstance(container, dict) else container)
+            if isinstance(part, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError(f"more than {MAX_JSON_DEPTH} levels deep")
 
 
 def _refuse_lone_surrogates(parsed: dict[str, Any], path: Path, where: str) -> None:

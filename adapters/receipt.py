@@ -11,16 +11,23 @@ from typing import Any
 
 from adapters.artifact import AdapterArtifact, LoraModule
 from adapters.base_model import base_tensors, fingerprint
-from adapters.digest import read_provenance
+from adapters.digest import base_claim
 from adapters.errors import AdapterMismatchError, BaseModelError
 from adapters.factors import Delta
 from adapters.folder import PROVENANCE_FILE
 from adapters.problems import Code, Problem, refusal, shown
+from adapters.validation import checked_tensors
 
 # Models whose linear layers store their weight as [in_features, out_features].
 _TRANSPOSED = frozenset({"gpt2", "gpt_bigcode", "openai-gpt", "imagegpt", "decision_transformer"})
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"})
-_NOT_LINEAR = _EMBEDDINGS | {"wpe"}
+_EMBEDDINGS = frozenset(
+    {"embed_in", "embed_tokens", "shared", "tok_embeddings", "word_embeddings", "wte"}
+)
+_NOT_LINEAR = _EMBEDDINGS | {"embed_positions", "position_embeddings", "wpe"}
+# Files of some models (GPT-2's, Bloom's) leave out the first part of their modules' paths.
+_LEFT_OUT = ("transformer", "model")
+# What weights of quantised layers are called; their shapes say nothing of the layer's.
+_QUANTISED = frozenset({"qweight", "weight_packed"})
 _OUTPUT = "lm_head"
 
 
@@ -31,13 +38,14 @@ class BaseShapes:
     Args:
         name: what it is called.
         fingerprint: of its weights.
-        linear: (out_features, in_features) of every linear layer, by module path.
+        linear: (out_features, in_features) of every linear layer, by module path; None if it is
+            quantised, so that its file does not say.
         embeddings: (vocabulary, hidden) of every embedding, by module path.
     """
 
     name: str
     fingerprint: str
-    linear: Mapping[str, tuple[int, int]]
+    linear: Mapping[str, tuple[int, int] | None]
     embeddings: Mapping[str, tuple[int, int]]
 
 
@@ -67,7 +75,7 @@ class Receipt:
         base: name of the base model.
         base_fingerprint: of its weights.
         is_trained_on_it: whether rora.json names this base; None if it says nothing.
-        matched: modules that the base has, with these sizes.
+        matched: every module, if all are in the base with these sizes; else none.
         problems: modules that matched nothing or differ in size, and another base.
         untouched: linear layers of the base that the adapter leaves as they are.
     """
@@ -108,9 +116,14 @@ def read_base_shapes(folder: Path, *, name: str) -> BaseShapes:
         raise BaseModelError(f"{folder / 'config.json'}: not readable as JSON ({error})") from error
     if not isinstance(config, dict):
         raise BaseModelError(f"{folder / 'config.json'}: a JSON object is expected")
-    linear, embeddings = {}, {}
+    linear: dict[str, tuple[int, int] | None] = {}
+    embeddings = {}
     for _, tensor in base_tensors(folder):
         module, dot, parameter = tensor.name.rpartition(".")
+        is_packed = parameter == "weight" and tensor.dtype == "U8"  # two numbers of 4 bits a byte
+        if dot and (parameter in _QUANTISED or is_packed):
+            linear[module] = None
+            continue
         if parameter != "weight" or not dot or len(tensor.shape) != 2:
             continue
         shape = (tensor.shape[0], tensor.shape[1])
@@ -130,34 +143,36 @@ def read_base_shapes(folder: Path, *, name: str) -> BaseShapes:
 def receipt(artifact: AdapterArtifact, base: BaseShapes) -> Receipt:
     """Return what `artifact` matches in `base`.
 
-    Cost: reads every tensor once.
+    Cost: reads every tensor once, if every module fits.
     """
-    matched: dict[str, MatchedModule] = {}
     problems: list[Problem] = []
-    touched = set()
-    for module, lora_a, lora_b in artifact.read_tensors():
-        path, shape = _find(module, base)
-        if shape is None or path is None:
+    touched: set[str] = set()
+    for module in artifact.modules.values():
+        path = find_layer(module.name, _layers(module, base))
+        if path is None:
             message = f"matches no {_layer(module)} of the base model"
             problems.append(Problem(Code.MODULE_UNMATCHED, module.name, message))
-        elif shape != _sizes(module):
-            message = f"is for {list(_sizes(module))}, the base model has {list(shape)}"
+        elif (shape := _layers(module, base)[path]) not in (None, _sizes(module)):
+            message = f"is for {list(_sizes(module))}, the base model has {list(shape or ())}"
             problems.append(Problem(Code.MODULE_SHAPE, module.name, message))
+        elif path in touched:
+            message = f"is one more module for the base model's {path}, one is expected"
+            problems.append(Problem(Code.MODULE_UNMATCHED, module.name, message))
         else:
             touched.add(path)
+    matched = {}
+    if not problems:  # else its numbers say nothing, and may be many
+        for module, lora_a, lora_b in checked_tensors(artifact):
             norm = Delta(lora_a, lora_b, module.scaling).norm()
             matched[module.name] = MatchedModule(
                 module.name, module.rank, module.scaling, norm, module.num_bytes
             )
-    claim = read_provenance(artifact.folder).get("base_model")
-    claim = claim if isinstance(claim, dict) else {}
-    trained_on = claim.get("fingerprint")
-    is_trained_on_it = None if trained_on is None else trained_on == base.fingerprint
-    # A base in another form, as another dtype, has other weights and the same name.
-    if is_trained_on_it is False and claim.get("name") != base.name:
+    claim = base_claim(artifact.folder)
+    is_trained_on_it = None if claim is None else claim.fingerprint == base.fingerprint
+    if claim is not None and claim.is_of_another(base.fingerprint, [base.name]):
         message = (
-            f"was trained on {shown(claim.get('name'))} with fingerprint "
-            f"{shown(trained_on)[:12]}, this one has {base.fingerprint[:12]}"
+            f"was trained on {shown(claim.name)} with fingerprint {shown(claim.fingerprint)[:12]}, "
+            f"this one has {base.fingerprint[:12]}"
         )
         problems.append(Problem(Code.BASE_OTHER, PROVENANCE_FILE, message))
     return Receipt(
@@ -170,16 +185,17 @@ def receipt(artifact: AdapterArtifact, base: BaseShapes) -> Receipt:
     )
 
 
-def _find(module: LoraModule, base: BaseShapes) -> tuple[str | None, tuple[int, int] | None]:
-    """Return the base's path and shape of a module.
+def find_layer(module: str, layers: Mapping[str, object]) -> str | None:
+    """Return the path of a module among the base's layers, or None."""
+    if module in layers:
+        return module
+    first, _, rest = module.partition(".")
+    is_left_out = first in _LEFT_OUT and not any(path.startswith(f"{first}.") for path in layers)
+    return rest if is_left_out and rest in layers else None
 
-    Files of some models (GPT-2's) leave out the first part of their modules' paths.
-    """
-    layers = base.linear if module.kind == "linear" else base.embeddings
-    for path in (module.name, module.name.partition(".")[2]):
-        if path in layers:
-            return path, layers[path]
-    return None, None
+
+def _layers(module: LoraModule, base: BaseShapes) -> Mapping[str, tuple[int, int] | None]:
+    return base.linear if module.kind == "linear" else base.embeddings
 
 
 def _sizes(module: LoraModule) -> tuple[int, int]:

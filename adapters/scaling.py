@@ -1,14 +1,18 @@
 """The factor that multiplies B·A·x: computed per module here, and nowhere else."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from adapters.config import AdapterConfig
 from adapters.errors import ArtifactError
 from adapters.folder import CONFIG_FILE
-from adapters.patterns import match_modules
-from adapters.problems import Problem, refusal
+from adapters.patterns import PatternTable, match_modules
+from adapters.problems import Code, Problem, refusal
+
+Value = TypeVar("Value", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,41 @@ def find_scalings(
         for module in modules
     }
     return scalings, [*problems, *more]
+
+
+def exact_config(
+    config: AdapterConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> AdapterConfig:
+    """Return `config` with patterns that give each module just this rank and alpha.
+
+    A key matches by PEFT's rule, so a path also matches every longer one that ends in it: the
+    longer ones come first, and stand there even if they have the default.
+
+    Raises: ArtifactError: no order of keys says it, as two paths differ where the other has a dot.
+    """
+    rank = max(ranks.values())  # engines size their buffers by it
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    made = replace(
+        config,
+        rank=rank,
+        lora_alpha=alpha,
+        rank_pattern=_exact_pattern(ranks, default=rank),
+        alpha_pattern=_exact_pattern(alphas, default=alpha),
+    )
+    for module, found in find_scalings(made, list(ranks))[0].items():
+        if (found.rank, found.alpha) != (ranks[module], float(alphas[module])):
+            message = "no pattern tells it from another module; rename one of them"
+            problem = Problem(Code.PATTERN_SYNTAX, module, message)
+            raise refusal(ArtifactError, CONFIG_FILE, [problem])
+    return made
+
+
+def _exact_pattern(values: Mapping[str, Value], *, default: Value) -> dict[str, Value]:
+    needed = {module: value for module, value in values.items() if value != default}
+    table = PatternTable(needed)
+    spoilt = {m: v for m, v in values.items() if v == default and table.first_match(m) is not None}
+    # Longest first; paths of one length are told apart by every character but those at dots.
+    return dict(sorted({**needed, **spoilt}.items(), key=lambda item: (-len(item[0]), item[0])))
 
 
 def _scaling(config: AdapterConfig, rank: int, alpha: float) -> ModuleScaling:

@@ -5,6 +5,7 @@ names, into a folder that we make; a path that climbs, a link, a device or a bom
 """
 
 import io
+import os
 import re
 import stat
 import tarfile
@@ -17,7 +18,7 @@ from gzip import GzipFile
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from adapters.errors import ArtifactError
+from adapters.errors import ArtifactError, RoraError, StoreError
 from adapters.folder import CONFIG_FILE, MAX_FILE_BYTES, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE
 from adapters.limits import (
     ARCHIVE_RATIO_FROM_BYTES,
@@ -31,8 +32,11 @@ from adapters.reading import open_regular
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:@(?P<revision>[\w./-]+))?")
 _CHUNK_BYTES = 64 * 1024
-# What the readers of archives may ask for at once: directories and extended headers, not content.
-_MAX_READ_BYTES = MIB
+_ARCHIVE = "archive"
+# What the readers of archives may read to find the next member: extended headers, or the whole
+# directory of a zip. Content is read by us.
+_MAX_TAR_HEADER_BYTES = 64 * 1024
+_MAX_ZIP_DIRECTORY_BYTES = MIB
 # What tarfile and zipfile raise on files that are none, as fuzzing them shows.
 _ARCHIVE_ERRORS = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError,
@@ -50,13 +54,13 @@ def open_source(source: str) -> Iterator[Path]:
     Raises: ArtifactError: there is no such thing, or the archive breaks a rule.
     Cost: an archive is read once and its adapter written to the temporary folder.
     """
-    path = Path(source)
-    if path.is_dir():
-        yield path
+    path = Path(os.path.realpath(source)) if "\0" not in source else Path(source)
+    if os.path.isdir(source):  # noqa: PTH112  (Path.is_dir raises for names too long)
+        yield Path(source)
         return
     with tempfile.TemporaryDirectory(prefix="rora-adapter-") as temporary:
-        if path.exists() or path.is_symlink():
-            with _named(source):
+        if "\0" not in source and os.path.lexists(path):
+            with _named(source, temporary):
                 folder = _unpack(path, Path(temporary))
         elif _HUB_NAME.fullmatch(source) and not source.startswith((".", "-")):
             folder = _download(source, Path(temporary))
@@ -64,17 +68,17 @@ def open_source(source: str) -> Iterator[Path]:
             message = "no such folder or archive, an adapter is expected"
             problem = Problem(Code.FOLDER_MISSING, path.name or source, message)
             raise refusal(ArtifactError, source, [problem])
-        with _named(source):
+        with _named(source, temporary):
             yield folder
 
 
 @contextmanager
-def _named(source: str) -> Iterator[None]:
+def _named(source: str, temporary: str) -> Iterator[None]:
     """Let errors name what the user named, not the temporary folder that it was unpacked to."""
     try:
         yield
     except ArtifactError as error:
-        if not error.problems:
+        if not error.problems or not str(error).startswith((temporary, _ARCHIVE)):
             raise
         raise refusal(type(error), source, error.problems) from error
 
@@ -103,10 +107,13 @@ def _unpack(path: Path, target: Path) -> Path:
     with open_regular(path, max_bytes=2 * MAX_ADAPTER_BYTES) as file:
         try:
             _unpack_into(file, path, target)
-        except ArtifactError:
+        except RoraError:
             raise
         except _ARCHIVE_ERRORS as error:
-            message = f"can not be read as an archive ({shown(str(error))}); make it again"
+            message = (
+                f"can not be read as an archive ({shown(str(error))}), a folder or an archive of "
+                "one is expected; make it again"
+            )
             raise _refuse(path.name, Code.ARCHIVE_SYNTAX, message) from error
     folders = [
         folder
@@ -129,29 +136,39 @@ def _unpack_into(file: IO[bytes], path: Path, target: Path) -> None:
     if start.startswith(b"\x1f\x8b"):
         with GzipFile(fileobj=file) as plain:
             _unpack_tar(_Bounded(plain, num_bytes, path.name), members)
-    elif start.startswith(b"PK"):
-        _unpack_zip(_Bounded(file, num_bytes, path.name), members, num_bytes)
+    elif start in (b"PK\x03\x04", b"PK\x05\x06"):
+        _unpack_zip(_Bounded(file, num_bytes, path.name), members)
     else:
         _unpack_tar(_Bounded(file, num_bytes, path.name), members)
 
 
 def _unpack_tar(source: "_Bounded", members: "_Members") -> None:
-    # Plain mode over our reader: it seeks forward only, and asks for no more than a header.
+    # Plain mode over our reader: it seeks forward only. Members are let go one by one, since each
+    # keeps a copy of the archive's global header.
+    source.allow_header(_MAX_TAR_HEADER_BYTES)
     with tarfile.open(fileobj=cast("IO[bytes]", source), mode="r:") as archive:
-        for member in archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]
             name = member.name
             if member.issym() or member.islnk():
                 raise _refuse(name, Code.ARCHIVE_LINK, "a link, files and folders are expected")
             if not (member.isdir() or member.isreg()) or member.sparse is not None:
                 message = "neither a file nor a folder, one of them is expected"
                 raise _refuse(name, Code.ARCHIVE_SPECIAL_FILE, message)
+            source.allow_content()
             extract = (lambda m=member: archive.extractfile(m)) if member.isreg() else None
             members.take(name, member.size, extract)
+            source.allow_header(_MAX_TAR_HEADER_BYTES)
+        source.allow_content()
+        while source.read(MIB):  # to the end of the stream, where gzip keeps its checksum
+            pass
 
 
-def _unpack_zip(source: "_Bounded", members: "_Members", num_bytes: int) -> None:
+def _unpack_zip(source: "_Bounded", members: "_Members") -> None:
+    source.allow_header(_MAX_ZIP_DIRECTORY_BYTES)
     with zipfile.ZipFile(cast("IO[bytes]", source)) as archive:
-        _check_ratio(sum(info.file_size for info in archive.infolist()), num_bytes, members.archive)
+        source.allow_content()
+        source.check_ratio(sum(info.file_size for info in archive.infolist()))
         for info in archive.infolist():
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind == stat.S_IFLNK:
@@ -178,6 +195,7 @@ class _Members:
         self._folders: dict[PurePosixPath, Path] = {}
         self._seen: set[PurePosixPath] = set()
         self._num_members = 0
+        self._num_bytes = 0
 
     def take(
         self, name: str, num_bytes: int, extract: Callable[[], IO[bytes] | None] | None
@@ -189,7 +207,7 @@ class _Members:
             raise _refuse(self.archive, Code.ARCHIVE_TOO_MANY, message)
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
-            message = "a path that climbs out of the folder, one below it is expected"
+            message = "climbs out of the folder or can not be printed, a plain path is expected"
             raise _refuse(name, Code.ARCHIVE_CLIMBS, message)
         if extract is None:
             return
@@ -207,11 +225,22 @@ class _Members:
         if num_bytes > max_bytes:
             message = f"{num_bytes} bytes, at most {max_bytes} are expected"
             raise _refuse(name, Code.FILE_TOO_LARGE, message)
+        self._num_bytes += num_bytes
+        if self._num_bytes > MAX_ADAPTER_BYTES + MIB:
+            message = f"holds more than {MAX_ADAPTER_BYTES} bytes of adapters, one is expected"
+            raise _refuse(self.archive, Code.ARCHIVE_TOO_MANY, message)
         content = extract()
         assert content is not None
-        with content, (self._folder(path.parent) / path.name).open("wb") as file:
+        target = self._folder(path.parent) / path.name
+        with content, target.open("wb") as file:
             while chunk := content.read(_CHUNK_BYTES):
-                file.write(chunk)
+                try:
+                    file.write(chunk)
+                except OSError as error:  # ours, not the archive's
+                    raise StoreError(
+                        f"{target}: can not be written ({error.strerror}); set TMPDIR to a folder "
+                        "with room"
+                    ) from error
 
     def _folder(self, parent: PurePosixPath) -> Path:
         if parent not in self._folders:
@@ -227,16 +256,29 @@ class _Bounded:
         self._inner = inner
         self._compressed_bytes = compressed_bytes
         self._name = name
+        self._header_bytes: int | None = 0
         self.mode = "rb"
 
+    def allow_header(self, num_bytes: int) -> None:
+        """Let at most this many bytes be read until content is."""
+        self._header_bytes = num_bytes
+
+    def allow_content(self) -> None:
+        """Let content be read, which the caller does piece by piece."""
+        self._header_bytes = None
+
     def read(self, size: int = -1) -> bytes:
-        """Read at most `size` bytes; archives' own headers never need more than 1 MiB at once."""
-        if size > _MAX_READ_BYTES:
-            message = f"a header of {size} bytes, at most {_MAX_READ_BYTES} are expected"
-            raise _refuse(self._name, Code.ARCHIVE_BOMB, message)
-        # Without a size the end of the file is meant, which is short in an honest archive.
-        content = self._inner.read(_MAX_READ_BYTES + 1 if size < 0 else size)
-        _check_ratio(self._inner.tell(), self._compressed_bytes, self._name)
+        """Read at most `size` bytes; without a size, to the end."""
+        allowed = self._header_bytes
+        if allowed is None:
+            content = self._inner.read(size)
+        else:
+            content = self._inner.read(allowed + 1 if size < 0 else min(size, allowed + 1))
+            self._header_bytes = allowed - len(content)
+            if self._header_bytes < 0:
+                message = "a header above any that an adapter needs"
+                raise _refuse(self._name, Code.ARCHIVE_BOMB, message)
+        self.check_ratio(self._inner.tell())
         return content
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -245,7 +287,9 @@ class _Bounded:
             if whence != io.SEEK_SET or offset < self._inner.tell():
                 raise OSError("a compressed archive is read from its beginning to its end")
             while (left := offset - self._inner.tell()) > 0:
-                if not self.read(min(left, _MAX_READ_BYTES)):
+                skipped = self._inner.read(min(left, MIB))
+                self.check_ratio(self._inner.tell())
+                if not skipped:
                     break
             return self._inner.tell()
         return self._inner.seek(offset, whence)
@@ -258,16 +302,16 @@ class _Bounded:
         """Archives are read by seeking."""
         return True
 
-
-def _check_ratio(num_bytes: int, compressed_bytes: int, name: str) -> None:
-    limit = max(MAX_ARCHIVE_RATIO * compressed_bytes, ARCHIVE_RATIO_FROM_BYTES)
-    if num_bytes > limit:
-        message = (
-            f"{compressed_bytes} bytes hold more than {limit}, at most {MAX_ARCHIVE_RATIO} for one "
-            "are expected"
-        )
-        raise _refuse(name, Code.ARCHIVE_BOMB, message)
+    def check_ratio(self, num_bytes: int) -> None:
+        """Refuse more bytes than the archive's own can honestly hold."""
+        limit = max(MAX_ARCHIVE_RATIO * self._compressed_bytes, ARCHIVE_RATIO_FROM_BYTES)
+        if num_bytes > limit:
+            message = (
+                f"{self._compressed_bytes} bytes hold more than {limit}, at most "
+                f"{MAX_ARCHIVE_RATIO} for one are expected"
+            )
+            raise _refuse(self._name, Code.ARCHIVE_BOMB, message)
 
 
 def _refuse(where: str, code: Code, message: str) -> ArtifactError:
-    return refusal(ArtifactError, "archive", [Problem(code, where, message)])
+    return refusal(ArtifactError, _ARCHIVE, [Problem(code, where, message)])

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from adapters.artifact import AdapterArtifact, read_folder
 from adapters.digest import version_digest, weights_digest
@@ -36,6 +36,8 @@ from adapters.objects import Lease, Objects, delete, digests_of
 from adapters.problems import refusal, shown
 from adapters.validation import validate
 from adapters.writer import make_folder
+
+_LOCK_SECONDS = 60  # changes under the lock take milliseconds
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,9 @@ class AdapterStore:
             )
             is_whole = self._objects.is_whole(digest)
             with self._locked():
-                self._objects.place(incoming, digest, is_whole=is_whole)
+                self._objects.place(
+                    incoming, digest, is_whole=is_whole, is_needed=lambda: self._is_needed(digest)
+                )
                 self._add_version(name, version, alias)
         return ResolvedVersion(name, version, self._objects.folder(digest))
 
@@ -178,6 +182,7 @@ class AdapterStore:
         """
         check_alias(alias)
         name, at, wanted = reference.partition("@")
+        self._existing(name)  # before a folder is made for the lock
         with self._locked():
             history = self._existing(name)
             version = history.record.latest if not at else history.record.find(wanted)
@@ -189,6 +194,7 @@ class AdapterStore:
 
         Raises: AdapterNotFoundError: no such name or alias, or it has not meant anything else.
         """
+        self._existing(name)
         with self._locked():
             history = self._existing(name)
             history.record.find(alias)
@@ -213,6 +219,7 @@ class AdapterStore:
                 version of a name, or its alias `latest`.
         """
         name, at, wanted = reference.partition("@")
+        self._existing(name)
         with self._locked():
             history = self._existing(name)
             if not at:
@@ -239,8 +246,15 @@ class AdapterStore:
             dry_run: only say what would be deleted.
         Raises: StoreError: a name's file is broken, so that what it needs is not known.
         """
+        if not self.root.exists():
+            return Collected((), 0, ())
         with self._locked():
             leased = self._objects.leased()
+            if self._objects.digests() and not self._names.exist():
+                raise StoreError(
+                    f"{self.root}: holds versions and no folder names/, so that what is needed is "
+                    "not known; restore it"
+                )
             held: set[str] = set()
             for name in self._names.names():
                 history = self._names.read(name)
@@ -261,6 +275,13 @@ class AdapterStore:
         return Collected(tuple(garbage), num_bytes, tuple(d for d in unheld if d in leased))
 
     # Parts of a change; the caller holds the lock.
+
+    def _is_needed(self, digest: str) -> bool:
+        """Tell whether a name holds a version or somebody leases it."""
+        if digest in self._objects.leased():
+            return True
+        records = self._names.records()
+        return any(version.digest == digest for r in records for version in r.versions)
 
     def _add_version(self, name: str, version: Version, alias: str) -> None:
         history = self._names.read(name) or NameHistory(NameRecord(name, (), {}))
@@ -319,8 +340,14 @@ class AdapterStore:
     def _locked(self) -> Iterator[None]:
         with self._writing():
             make_folder(self.root)
-            with FileLock(self.root / ".lock"):
-                yield
+            try:
+                with FileLock(self.root / ".lock", timeout=_LOCK_SECONDS):
+                    yield
+            except Timeout as error:
+                raise StoreError(
+                    f"{self.root / '.lock'}: held by another process for {_LOCK_SECONDS} s; see "
+                    "what it does, or try again"
+                ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -14,15 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from adapters.artifact import AdapterArtifact, LoraModule, read_folder
-from adapters.digest import check_probe
+from adapters.digest import read_provenance
 from adapters.errors import ArtifactError
+from adapters.factors import Delta
 from adapters.folder import MAX_FILE_BYTES
-from adapters.limits import MAX_DELTA_BOUND, MAX_LORA_RANK
-from adapters.patterns import targeted
+from adapters.limits import MAX_DELTA_BOUND, MAX_LORA_RANK, MIB
+from adapters.patterns import idle_targets
 from adapters.problems import Code, Problem, refusal, shown
 from adapters.tensors import NUMPY_DTYPES, Array
 
 _MAX_NOTED_FILES = 10
+_ROUNDING = 1e-7  # of float32, relative
+_MAX_LOOKED_AT_BYTES = 64 * MIB  # of a module that is read whole
 _CHUNK_NUMBERS = 256 * 1024
 
 
@@ -47,34 +50,36 @@ def validate(folder: Path) -> Validation:
     Cost: reads every tensor once, 1 MiB at a time.
     """
     artifact, problems = read_folder(folder)
+    if any(problem.code is Code.FOLDER_MISSING for problem in problems):
+        return Validation(None, tuple(problems), ())
     notes = _other_files(folder)
+    try:
+        read_provenance(folder)
+    except ArtifactError as error:
+        problems += [found for found in error.problems if found not in problems]
     if artifact is not None:
         problems += _rank_problems(artifact)
         try:
             found, dead = _value_problems(artifact)
             problems += found
-            check_probe(folder)
-        except ArtifactError as error:  # the file changed under us, or rora.json is broken
-            problems += error.problems
-        else:
             notes += _notes(artifact, dead)
+        except ArtifactError as error:  # the file changed under us
+            problems += error.problems
     return Validation(artifact, tuple(problems), tuple(notes))
 
 
-def check_values(module: LoraModule, lora_a: Array, lora_b: Array) -> None:
-    """Refuse factors that can not be the outcome of training.
+def checked_tensors(artifact: AdapterArtifact) -> Iterator[tuple[LoraModule, Array, Array]]:
+    """Yield as `artifact.read_tensors`, and refuse numbers that can not be the outcome of training.
 
-    Args:
-        module: whose factors they are, with its scaling.
-        lora_a: [rank, in_features].
-        lora_b: [out_features, rank].
-    Raises: ArtifactError: NaN or infinity, or scaling * |A| * |B| (Frobenius norms), which bounds
-        the delta, above 1e6.
+    Raises: ArtifactError: as there; NaN or infinity; or scaling * |A| * |B| (Frobenius norms),
+        which bounds the delta, above 1e6.
     """
-    norms = [_norm(_pieces(factor)) for factor in (lora_a, lora_b)]
-    problem = _norm_problem(module, *norms)
-    if problem is not None:
-        raise refusal(ArtifactError, "weights", [problem])
+    for module, lora_a, lora_b in artifact.read_tensors():
+        norms = [_norm(_pieces(factor)) for factor in (lora_a, lora_b)]
+        problems = _norm_problems(module, *norms)
+        if problems:
+            raise refusal(ArtifactError, artifact.folder, problems)
+        yield module, lora_a, lora_b
 
 
 def _value_problems(artifact: AdapterArtifact) -> tuple[list[Problem], list[str]]:
@@ -84,13 +89,13 @@ def _value_problems(artifact: AdapterArtifact) -> tuple[list[Problem], list[str]
         dtype = NUMPY_DTYPES[tensor.dtype]
         pieces = (np.frombuffer(chunk, dtype) for chunk in chunks)
         norms.setdefault(module.name, {})[tensor.name] = _norm(pieces)
-    problems, dead = [], []
+    problems: list[Problem] = []
+    dead = []
     for name, module in artifact.modules.items():
         norm_a, norm_b = (norms[name][t.name] for t in (module.lora_a, module.lora_b))
-        problem = _norm_problem(module, norm_a, norm_b)
-        if problem is not None:
-            problems.append(problem)
-        elif norm_a * norm_b == 0:
+        found = _norm_problems(module, norm_a, norm_b)
+        problems += found
+        if not found and _is_zero(artifact, module, module.scaling * norm_a * norm_b):
             dead.append(name)
     if dead and len(dead) == len(artifact.modules):
         message = (
@@ -101,22 +106,36 @@ def _value_problems(artifact: AdapterArtifact) -> tuple[list[Problem], list[str]
     return problems, dead
 
 
-def _norm_problem(module: LoraModule, norm_a: float, norm_b: float) -> Problem | None:
+def _is_zero(artifact: AdapterArtifact, module: LoraModule, bound: float) -> bool:
+    """Tell whether a delta is nothing but what rounding leaves of one.
+
+    Args: bound: scaling * |A| * |B|, which training leaves within a factor of rank of |delta|.
+    """
+    if bound == 0:
+        return True
+    if module.num_bytes > _MAX_LOOKED_AT_BYTES:
+        return False
+    lora_a, lora_b = artifact.read_module(module)
+    return Delta(lora_a, lora_b, module.scaling).norm() <= _ROUNDING * bound
+
+
+def _norm_problems(module: LoraModule, norm_a: float, norm_b: float) -> list[Problem]:
+    problems = []
     for side, norm in (("A", norm_a), ("B", norm_b)):
         if not math.isfinite(norm):
             message = (
                 f"lora_{side} holds NaN or infinity, finite numbers are expected; train again with "
                 "a lower learning rate"
             )
-            return Problem(Code.VALUES_NOT_FINITE, module.name, message)
+            problems.append(Problem(Code.VALUES_NOT_FINITE, module.name, message))
     bound = module.scaling * norm_a * norm_b
-    if not bound <= MAX_DELTA_BOUND:
+    if not problems and not bound <= MAX_DELTA_BOUND:
         message = (
             f"scaling * |A| * |B| is {bound:.3g}, at most {MAX_DELTA_BOUND:g} is expected; check "
             "lora_alpha and train again"
         )
-        return Problem(Code.VALUES_TOO_LARGE, module.name, message)
-    return None
+        problems.append(Problem(Code.VALUES_TOO_LARGE, module.name, message))
+    return problems
 
 
 def _norm(pieces: Iterable[Array]) -> float:
@@ -155,9 +174,8 @@ def _notes(artifact: AdapterArtifact, dead: list[str]) -> list[str]:
             f"{len(dead)} of {len(artifact.modules)} modules have a delta of zero, as {dead[0]}"
         )
     targets = artifact.config.target_modules
-    names = list(artifact.modules)
     if not isinstance(targets, str):
-        idle = [target for target in targets if not targeted((target,), names)]
+        idle = idle_targets(targets, list(artifact.modules))
         if idle:
             listed = ", ".join(map(shown, idle[:5]))
             notes.append(f"target_modules names nothing that the file holds: {listed}")

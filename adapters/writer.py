@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from adapters.artifact import read_folder
 from adapters.config import AdapterConfig
 from adapters.errors import ArtifactError
 from adapters.folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
+from adapters.problems import refusal
 from adapters.tensors import NUMPY_DTYPES
 
 FactorPair = tuple[NDArray[Any], NDArray[Any]]
@@ -47,7 +49,8 @@ def write_artifact(
         embeddings: those of `factors` that are of embeddings: A [rank, vocabulary], B [hidden,
             rank].
         chat_template: content of the adapter's own template.
-    Raises: ArtifactError: the folder exists, or a dtype can not be stored.
+    Raises: ArtifactError: the folder exists or can not be made, or what it would hold breaks a
+        rule.
     """
     tensors = {}
     for module, (lora_a, lora_b) in factors.items():
@@ -62,7 +65,7 @@ def write_artifact(
             )
             name = f"base_model.model.{module}.{factor_name}"
             tensors[name] = np.ascontiguousarray(factor)
-    with new_folder(folder) as temporary:
+    with new_folder(folder) as temporary, _writing(folder):
         # "pt" is what transformers and PEFT ask of a file before they open it.
         write_synced(temporary / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
         # In its own order: the first pattern that matches counts.
@@ -71,11 +74,23 @@ def write_artifact(
         write_synced(temporary / PROVENANCE_FILE, _json_bytes(provenance))
         if chat_template is not None:
             write_synced(temporary / CHAT_TEMPLATE_FILE, chat_template)
+        # What we write is what we would accept.
+        problems = read_folder(temporary)[1]
+        if problems:
+            raise refusal(ArtifactError, folder, problems)
 
 
 def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:
     """Replace rora.json of an adapter folder in one step."""
     replace_file(folder / PROVENANCE_FILE, _json_bytes(content))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{folder}: can not be written ({error.strerror})") from error
 
 
 @contextmanager
@@ -86,9 +101,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists():
         raise ArtifactError(f"{folder}: exists already, a new folder is expected; name another one")
-    make_folder(folder.parent)
     temporary = _temporary_name(folder)
-    temporary.mkdir()
+    try:
+        make_folder(folder.parent)
+        temporary.mkdir()
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder}: can not be made ({error.strerror}); name a folder that is yours"
+        ) from error
     try:
         yield temporary
         sync_folder(temporary)

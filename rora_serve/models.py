@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import AdapterStore, ResolvedVersion
-from adapters.digest import read_provenance
+from adapters.digest import base_claim
 from adapters.errors import AdapterMismatchError, AdapterNameError, ArtifactError, StoreError
 from adapters.folder import CHAT_TEMPLATE_FILE
 from adapters.objects import Lease
@@ -69,15 +69,9 @@ class ServedBase:
             text = template.read_text(encoding="utf-8", errors="replace")
             if text.strip() != (self.chat_template or "").strip():
                 return "it has a chat template of its own, which is not served yet"
-        trained_on = read_provenance(folder).get("base_model")
-        if not isinstance(trained_on, dict):
-            return None  # made by another tool, which says nothing of the weights
-        # A base in another form, as another dtype, has other weights and the same name.
-        if (
-            trained_on.get("fingerprint") not in (None, self.fingerprint)
-            and trained_on.get("name") not in self.names
-        ):
-            return f"it was trained on {trained_on.get('name')!r}, this is {self.names[0]!r}"
+        claim = base_claim(folder)
+        if claim is not None and claim.is_of_another(self.fingerprint, self.names):
+            return f"it was trained on {claim.name!r}, this is {self.names[0]!r}"
         return None
 
 

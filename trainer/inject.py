@@ -13,7 +13,7 @@ from adapters import AdapterArtifact, AdapterConfig, resolve_scalings
 from adapters.config import ALL_LINEAR
 from adapters.errors import AdapterMismatchError, ConfigError
 from adapters.patterns import targeted
-from adapters.validation import check_values
+from adapters.validation import checked_tensors
 from trainer.lora_linear import LoraLinear
 
 
@@ -113,8 +113,7 @@ def inject_artifact(model: PreTrainedModel, artifact: AdapterArtifact) -> dict[s
         dropout=0.0,
         generator=torch.Generator(),
     )
-    for module, lora_a, lora_b in artifact.read_tensors():
-        check_values(module, lora_a, lora_b)
+    for module, lora_a, lora_b in checked_tensors(artifact):
         layer = layers[module.name]
         layer.lora_a.data.copy_(torch.from_numpy(lora_a.astype(np.float32)))
         layer.lora_b.data.copy_(torch.from_numpy(lora_b.astype(np.float32)))

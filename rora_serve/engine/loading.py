@@ -12,7 +12,7 @@ from adapters import LoraModule, open_artifact
 from adapters.errors import AdapterMismatchError
 from adapters.limits import MAX_LORA_RANK
 from adapters.tensors import Array
-from adapters.validation import check_values
+from adapters.validation import checked_tensors
 from rora_serve.engine.ragged_layers import Factors
 
 
@@ -61,8 +61,7 @@ def load_factors(
         more = f"; and {len(problems) - 5} more modules" if len(problems) > 5 else ""
         raise AdapterMismatchError(f"the adapter does not fit the base model: {shown}{more}")
     by_layer: dict[str, list[Factors]] = {}
-    for module, lora_a, lora_b in artifact.read_tensors():
-        check_values(module, lora_a, lora_b)
+    for module, lora_a, lora_b in checked_tensors(artifact):
         target = targets[renamed[module.name]]
         factors = Factors(_to_torch(lora_a), _to_torch(lora_b), module.scaling, target.start)
         by_layer.setdefault(target.layer, []).append(factors)

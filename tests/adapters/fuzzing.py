@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from adapters.compact import compact_to_error
 from adapters.digest import version_digest, weights_digest
+from adapters.display import described, described_text
 from adapters.errors import RoraError
 from adapters.sources import open_source
 from adapters.validation import validate
@@ -50,6 +52,12 @@ def run(folder: Path, seed: int) -> bool:
             if found.problems or found.artifact is None:
                 return False
             version_digest(weights_digest(found.artifact), opened)
+            described_text(found.artifact, described(found.artifact, norms=True))
+            output = folder / f"{seed}.out"
+            try:
+                compact_to_error(found.artifact, output, max_error=0.1)
+            finally:
+                shutil.rmtree(output, ignore_errors=True)
     except RoraError:
         return False
     finally:

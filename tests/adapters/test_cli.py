@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from adapters import AdapterConfig, AdapterStore, open_artifact
+from adapters import AdapterConfig, AdapterStore, open_artifact, write_artifact
 from adapters.cli import main
 from tests.adapters.hostile.build import QUERY, change_keys, right, write_zip
 from tests.conftest import LINEAR
@@ -256,3 +257,32 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: Capture) -> None:
         main(arguments)
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_diff_names_the_one_that_is_wrong(tmp_path: Path, capsys: Capture) -> None:
+    files = {f"x/{path.name}": path.read_bytes() for path in right(tmp_path / "a").iterdir()}
+    write_zip(tmp_path / "good.zip", files)
+    write_zip(tmp_path / "bad.zip", {**files, "x/adapter_model.safetensors": b"123"})
+    run("diff", tmp_path / "good.zip", tmp_path / "bad.zip", expect=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/bad.zip: adapter_model.safetensors: 3 bytes" in line
+
+
+def test_stacks_of_layers_are_told_apart(tmp_path: Path, capsys: Capture) -> None:
+    factors = {
+        f"{stack}.layers.0.q": (np.ones((r, 4), "f4"), np.ones((4, r), "f4"))
+        for stack, r in (("encoder", 2), ("decoder", 8))
+    }
+    config = AdapterConfig(2, 2, rank_pattern={"decoder.layers.0.q": 8}, target_modules=("q",))
+    write_artifact(tmp_path / "a", config, factors, provenance={})
+    run("inspect", tmp_path / "a")
+    out = capsys.readouterr().out
+    assert "1 to █ 8" in out
+    assert "decoder.layers.*.q  █" in out
+
+
+def test_an_adapter_may_not_have_the_name_of_the_base(
+    ranked: Path, tiny_model: Path, capsys: Capture
+) -> None:
+    run("store", "add", ranked, "--name", tiny_model.name, "--model", tiny_model, expect=2)
+    assert "it is the base model's" in capsys.readouterr().err

@@ -6,13 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from adapters import AdapterConfig, open_artifact, validate, weights_digest, write_artifact
 from adapters.convert import convert
 from adapters.errors import ArtifactError
 from adapters.receipt import BaseShapes, read_base_shapes
 from tests.conftest import LINEAR
+from tests.reference import ATOL
 from tests.workloads import make_random_adapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -54,6 +58,15 @@ def deltas(folder: Path) -> dict[str, Any]:
         module.name: module.scaling * b.astype("f8") @ a.astype("f8")
         for module, a, b in open_artifact(folder).read_tensors()
     }
+
+
+@torch.no_grad()
+def pefts_logits(base: Path, adapter: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    logits: torch.Tensor = (
+        PeftModel.from_pretrained(model, str(adapter)).eval()(torch.arange(20, 60)[None]).logits
+    )
+    return logits
 
 
 def assert_same(before: dict[str, Any], folder: Path) -> None:
@@ -215,4 +228,110 @@ def test_ranks_that_the_config_does_not_say_have_no_certain_scaling(
 def test_kinds_that_are_not_served_are_not_converted_either(ranked: Path, tmp_path: Path) -> None:
     change_keys(ranked, use_dora=True)
     with pytest.raises(ArtifactError, match="a DoRA adapter is not served"):
+        convert(ranked, tmp_path / "out", base=None)
+
+
+def test_peft_reads_what_was_converted_to_the_same_logits(
+    ranked: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    before = pefts_logits(tiny_model, ranked)
+    rename(ranked, lambda name: name.replace(".weight", ".default.weight"))
+    convert(ranked, tmp_path / "out", base=None)
+    after = pefts_logits(tiny_model, tmp_path / "out")
+    torch.testing.assert_close(after, before, atol=ATOL["logits-float32"], rtol=0)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": ["q_proj"]},
+        {"layers_to_transform": [0], "layers_pattern": "layers"},
+        {"layers_to_transform": 1},
+        {"exclude_modules": ["q_proj"]},
+        {"exclude_modules": ".*q_proj"},
+    ],
+)
+def test_tensors_that_peft_would_leave_out_are_not_taken_in(
+    ranked: Path, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    change_keys(ranked, **keys)
+    with pytest.raises(ArtifactError) as caught:
+        convert(ranked, tmp_path / "out", base=None)
+    assert "target-missing" in caught.value.codes
+
+
+def test_paths_that_end_in_one_another_keep_their_own_scaling(tmp_path: Path) -> None:
+    """By PEFT's rule the key "proj" also matches "l.0.proj"."""
+    generator = np.random.default_rng(0)
+    factors = {
+        name: (
+            generator.normal(size=(r, 8)).astype("f4"),
+            generator.normal(size=(6, r)).astype("f4"),
+        )
+        for name, r in (("proj", 2), ("l.0.proj", 4), ("l.1.proj", 4))
+    }
+    config = AdapterConfig(
+        4,
+        8,
+        rank_pattern={"l.0.proj": 4, "l.1.proj": 4, "proj": 2},
+        alpha_pattern={"l.0.proj": 8, "l.1.proj": 8, "proj": 64},
+    )
+    write_artifact(tmp_path / "a", config, factors, provenance={})
+    before = deltas(tmp_path / "a")
+    rename(tmp_path / "a", lambda name: name.replace(".weight", ".x.weight"))
+    convert(tmp_path / "a", tmp_path / "out", base=None)
+    assert_same(before, tmp_path / "out")
+
+
+@pytest.mark.parametrize("prefix", ["lora_te1_", "lora_te2_"])
+def test_two_names_of_one_module_are_refused(
+    ranked: Path, tmp_path: Path, base: BaseShapes, prefix: str
+) -> None:
+    make_kohya(tmp_path / "kohya.safetensors", ranked)
+    tensors = load_file(tmp_path / "kohya.safetensors")
+    name = next(iter(tensors))
+    tensors[name.replace("lora_te_", prefix)] = tensors[name]
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    with pytest.raises(ArtifactError, match="one more") as caught:
+        convert(tmp_path / "kohya.safetensors", tmp_path / "out", base=base)
+    assert caught.value.codes == ("layout-ambiguous",)
+
+
+def test_a_fused_projection_beside_its_parts_is_refused(tmp_path: Path) -> None:
+    lora_a, lora_b, split = make_fused(tmp_path / "a")
+    factors = {"m.0.qkv_proj": (lora_a, lora_b), "m.0.q_proj": (lora_a, lora_b[:8])}
+    config = AdapterConfig(2, 4, target_modules=("qkv_proj", "q_proj"))
+    write_artifact(tmp_path / "b", config, factors, provenance={})
+    with pytest.raises(ArtifactError, match="stands beside its own parts"):
+        convert(tmp_path / "b", tmp_path / "out", base=split)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, float("nan")])
+def test_an_alpha_that_is_none_is_refused_and_leaves_nothing(
+    ranked: Path, tmp_path: Path, base: BaseShapes, alpha: float
+) -> None:
+    path = tmp_path / "kohya.safetensors"
+    make_kohya(path, ranked)
+    tensors = load_file(path)
+    save_file({n: np.array(alpha, "f4") if "alpha" in n else t for n, t in tensors.items()}, path)
+    with pytest.raises(ArtifactError, match="a number of at least 0 is expected"):
+        convert(path, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_that_match_nothing_are_left_out(ranked: Path, tmp_path: Path) -> None:
+    before = deltas(ranked)
+    change_keys(ranked, alpha_pattern={"nobody": 3, "v_proj": 5})
+    with pytest.raises(ArtifactError, match="or convert the adapter"):
+        open_artifact(ranked)
+    notes = convert(ranked, tmp_path / "out", base=None)
+    assert "left out of alpha_pattern what matches no module: nobody, …" in notes
+    assert_same(before, tmp_path / "out")
+
+
+def test_numbers_that_are_none_are_not_converted(ranked: Path, tmp_path: Path) -> None:
+    tensors = load_file(ranked / WEIGHTS)
+    tensors[next(iter(tensors))][0] = np.nan
+    save_file(tensors, ranked / WEIGHTS)
+    with pytest.raises(ArtifactError, match="holds NaN or infinity"):
         convert(ranked, tmp_path / "out", base=None)

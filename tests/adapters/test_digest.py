@@ -99,7 +99,7 @@ def test_the_order_of_patterns_survives_writing(tmp_path: Path) -> None:
     [
         (b"{", "not JSON"),
         (b"[]", "holds a list"),
-        (b'{"probe": NaN}', "probe holds what JSON does not have"),
+        (b'{"probe": NaN}', "NaN is no number of JSON"),
         (b'{"probe": "\\ud800"}', "half of a character"),
     ],
 )

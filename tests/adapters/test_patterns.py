@@ -75,7 +75,8 @@ def test_names_choose_whole_paths_and_their_ends(targets: list[str], modules: li
     ("key", "code"),
     [
         ("(", "pattern-syntax"),
-        ("(?i)q_proj", "pattern-syntax"),  # PEFT puts it inside a group, where flags are no more
+        ("(?i)q_proj", "pattern-too-costly"),
+        ("q_proj)|(k_proj", "pattern-syntax"),  # right only inside the group that PEFT puts it in
         ("a" * 1001, "pattern-too-long"),
         ("(?!k)_proj", "pattern-too-costly"),
         (r"(a)\1", "pattern-too-costly"),

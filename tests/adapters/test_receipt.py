@@ -153,3 +153,32 @@ def test_no_weight_is_read(tiny_model: Path, tmp_path: Path, base: BaseShapes) -
     assert zeros.fingerprint != base.fingerprint
     found = [receipt(open_artifact(adapter), one) for one in (base, zeros)]
     assert found[0].matched == found[1].matched
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.layers", "zzz.model.layers", "layers"])
+def test_paths_of_another_model_match_nothing(adapter: Path, base: BaseShapes, prefix: str) -> None:
+    def rename_all(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("model.layers", prefix, 1)] = tensors.pop(name)
+
+    change_weights(adapter, rename_all)
+    found = receipt(open_artifact(adapter), base)
+    assert found.matched == ()
+    assert {problem.code for problem in found.problems} == {"module-unmatched"}
+
+
+def test_quantised_layers_are_matched_by_name(
+    tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "quantised")
+    path = next((tmp_path / "quantised").glob("*.safetensors"))
+    tensors = {
+        name.replace(".weight", ".qweight") if "proj" in name else name: (
+            np.zeros((3, 4), np.int32) if "proj" in name else tensor
+        )
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path)
+    found = receipt(open_artifact(adapter), read_base_shapes(tmp_path / "quantised", name="q"))
+    found.check()
+    assert len(found.matched) == 14

@@ -17,8 +17,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from adapters import AdapterConfig, AdapterStore, open_artifact
-from adapters.base_model import DEFAULT_MODEL_NAME as BASE
 from adapters.limits import MAX_DELTA_BOUND
+from adapters.names import DEFAULT_MODEL_NAME as BASE
 from tests.conftest import LINEAR
 from tests.reference import ATOL
 from tests.rora_serve.serving import (

@@ -254,7 +254,17 @@ def config_is_a_list(folder: Path) -> None:
     (folder / CONFIG).write_text("[]")
 
 
-@case("probe-not-plain")
+@case("json-syntax")
+def provenance_a_thousand_levels_deep(folder: Path) -> None:
+    (folder / "rora.json").write_text('{"x": ' + "[" * 500 + "]" * 500 + ', "y": "\\u0041"}')
+
+
+@case("json-syntax")
+def number_above_any(folder: Path) -> None:
+    (folder / "rora.json").write_text('{"metrics": {"loss": 1e999}}')
+
+
+@case("json-syntax")
 def probe_of_nan(folder: Path) -> None:
     (folder / "rora.json").write_text('{"probe": {"log_probs": [NaN]}}')
 
@@ -285,7 +295,7 @@ def header_of_a_gigabyte(folder: Path) -> None:
 
 @case("json-too-many-values")
 def header_of_small_lists(folder: Path) -> None:
-    write_frame(folder, b'{"x": [' + b"[]," * 5_000_000 + b"[]]}")
+    write_frame(folder, b'{"x": [' + b"[]," * 2_000_000 + b"[]]}")
 
 
 @case("json-not-object")
@@ -403,6 +413,38 @@ def output_layer_saved_beside_lora(folder: Path) -> None:
     change_tensors(folder, **{f"{PREFIX}lm_head.weight": np.ones((9, 8), "f4")})
 
 
+@case("tensor-base-weight")
+def output_layer_as_peft_saves_it(folder: Path) -> None:
+    name = f"{PREFIX}lm_head.base_layer.weight"
+    change_tensors(folder, **{name: np.ones((9, 8), "f4")})
+
+
+@case("kind-chosen-layers")
+def layer_zero_alone(folder: Path) -> None:
+    change_keys(folder, layers_to_transform=0)
+
+
+@case("rank-too-large")
+def rank_of_two_hundred_thousand(folder: Path) -> None:
+    change_keys(folder, r=200_000, rank_pattern={}, target_modules=["q_proj"])
+    header = {
+        factor(QUERY, "A"): entry([200_000, 1], [0, 800_000]),
+        factor(QUERY, "B"): entry([1, 200_000], [800_000, 1_600_000]),
+    }
+    write_frame(folder, header, b"\0" * 1_600_000)
+
+
+@case("pattern-too-costly")
+def expressions_that_ignore_case(folder: Path) -> None:
+    wide = "".join(f"(?i:[\\0-\\uffff]){n}" for n in range(40))
+    change_keys(folder, alpha_pattern={f"{wide}{n}": 3 for n in range(20)})
+
+
+@case("pattern-too-costly")
+def back_reference_to_a_twelfth_group(folder: Path) -> None:
+    change_keys(folder, alpha_pattern={"(?:" + "()" * 12 + r"\12q_proj|v_proj)": 3})
+
+
 @case("tensor-dora")
 def magnitudes_of_dora(folder: Path) -> None:
     change_tensors(folder, **{f"{PREFIX}{QUERY}.lora_magnitude_vector": np.ones(6, "f4")})
@@ -518,8 +560,8 @@ def rank_of_two_to_the_hundredth(folder: Path) -> None:
 
 
 @case("config-alpha")
-def alpha_of_infinity(folder: Path) -> None:
-    change_keys(folder, lora_alpha=float("inf"))
+def alpha_that_overflows(folder: Path) -> None:
+    change_keys(folder, lora_alpha=1.1e308)
 
 
 @case("config-use-rslora")
@@ -543,8 +585,8 @@ def rank_pattern_of_texts(folder: Path) -> None:
 
 
 @case("config-alpha-pattern")
-def alpha_pattern_of_nan(folder: Path) -> None:
-    change_keys(folder, alpha_pattern={VALUE: float("nan")})
+def alpha_pattern_of_zero(folder: Path) -> None:
+    change_keys(folder, alpha_pattern={VALUE: 0.0})
 
 
 @case("pattern-syntax")
@@ -600,6 +642,7 @@ def register_kinds() -> None:
         "kind-monteclora": ("monteclora_config", {"x": 1}),
         "kind-parameters": ("target_parameters", ["experts.gate_up_proj"]),
         "kind-qalora": ("use_qalora", True),
+        "kind-tied-weights": ("ensure_weight_tying", True),
         "kind-tokens": ("trainable_token_indices", [0]),
         "kind-velora": ("velora_config", {"x": 1}),
     }
@@ -636,6 +679,52 @@ def delta_that_overflows(folder: Path) -> None:
 def dead_adapter(folder: Path) -> None:
     zero = {factor(module, "B"): np.zeros((6, r), "f4") for module, r in ((QUERY, 2), (VALUE, 3))}
     change_tensors(folder, **zero)
+
+
+@case("delta-zero")
+def dead_adapter_whose_factors_are_not_zero(folder: Path) -> None:
+    """A has other ranks than B, so that B @ A is zero."""
+    lora_a, lora_b = np.zeros((2, 8), "f4"), np.zeros((6, 2), "f4")
+    lora_a[0], lora_b[:, 1] = 1, 1
+    change_keys(folder, rank_pattern={}, target_modules=["q_proj"])
+    write = {factor(QUERY, "A"): lora_a, factor(QUERY, "B"): lora_b}
+    change_tensors(folder, **write, **{factor(VALUE, side): None for side in "AB"})
+
+
+@case("pattern-without-match")
+def forty_thousand_keys_that_match_nothing(folder: Path) -> None:
+    change_keys(folder, alpha_pattern={f"k{number}": 3 for number in range(40_000)})
+
+
+@case("pattern-too-costly")
+def a_quarter_of_a_million_keys(folder: Path) -> None:
+    text = json.dumps({f"{number:x}": 1 for number in range(240_000)}, separators=(",", ":"))
+    (folder / CONFIG).write_text(json.dumps(dict(KEYS))[:-1] + f', "alpha_pattern": {text}}}')
+
+
+@case("target-missing")
+def as_many_targets_as_fit(folder: Path) -> None:
+    change_keys(folder, target_modules=[f"m{number}" for number in range(300_000)])
+
+
+@case("delta-zero")
+def dead_adapter_of_orthogonal_factors(folder: Path) -> None:
+    """As PEFT initialises one, so that it is zero but for rounding."""
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0].astype("f4")
+    lora_a = (np.eye(4, 8) + np.eye(4, 8)[:, ::-1]).astype("f4")
+    pairs = np.array([[1, 0, -1, 0]] * 2 + [[0, 1, 0, -1]] * 4, "f4")
+    lora_a[2:] = lora_a[:2] * np.float32(1 + 1e-8)
+    change_keys(folder, r=4, rank_pattern={}, target_modules=["q_proj"])
+    change_tensors(
+        folder,
+        **{factor(QUERY, "A"): lora_a, factor(QUERY, "B"): basis @ pairs},
+        **{factor(VALUE, side): None for side in "AB"},
+    )
+
+
+@case("delta-zero")
+def dead_adapter_whose_scaling_underflows(folder: Path) -> None:
+    change_keys(folder, lora_alpha=5e-324, alpha_pattern={})
 
 
 @case("delta-zero")
@@ -698,6 +787,19 @@ def archive_of_noise(path: Path) -> None:
 def tar_cut_short(path: Path) -> None:
     write_tar(path, right_files())
     os.truncate(path, path.stat().st_size // 2)
+
+
+@case("archive-syntax", suffix=".tar.gz")
+def tar_with_a_bit_flipped_and_a_checksum_that_says_so(path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in right_files().items():
+            archive.addfile(tar_member(name, len(content)), io.BytesIO(content))
+    with gzip.open(path, "wb", compresslevel=0) as file:  # stored, so that only the sum is wrong
+        file.write(buffer.getvalue())
+    flipped = bytearray(path.read_bytes())
+    flipped[flipped.index(tensors()[factor(VALUE, "B")].tobytes())] ^= 1
+    path.write_bytes(flipped)
 
 
 @case("archive-syntax", suffix=".zip")
@@ -823,6 +925,28 @@ def tar_with_a_header_of_a_gigabyte(path: Path) -> None:
     member = tar_member("././@PaxHeader", 2**30, tarfile.XHDTYPE)
     path.write_bytes(member.tobuf(tarfile.USTAR_FORMAT))
     os.truncate(path, 2**30 + 512)
+
+
+@case("archive-bomb", suffix=".tar")
+def tar_with_a_large_global_header(path: Path) -> None:
+    keys = {f"key{number}": "x" * 50 for number in range(16_000)}
+    header = tarfile.TarInfo.create_pax_global_header(keys)
+    members = b"".join(tar_member(f"a/{number}").tobuf() for number in range(900))
+    path.write_bytes(header + members + b"\0" * 1024)
+
+
+@case("archive-bomb", suffix=".tar")
+def tar_with_a_sparse_map_of_a_million_holes(path: Path) -> None:
+    holes = b"1000000\n" + b"0\n0\n" * 1_000_000
+    member = tar_member("a/x", len(holes))
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a"}
+    path.write_bytes(member.tobuf(tarfile.PAX_FORMAT) + holes + b"\0" * 10_240)
+
+
+@case("archive-bomb", suffix=".tar")
+def tar_with_a_chain_of_long_names(path: Path) -> None:
+    member = tar_member("././@LongLink", 32 * 1024, tarfile.GNUTYPE_LONGNAME)
+    path.write_bytes((member.tobuf() + b"a" * 32 * 1024) * 400 + b"\0" * 1024)
 
 
 @case("archive-bomb", suffix=".zip")
