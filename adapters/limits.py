@@ -6,13 +6,14 @@ They are far above what training gives, and low enough that a hostile file costs
 MIB = 1024 * 1024
 
 MAX_ADAPTER_BYTES = 16 * 1024 * MIB  # one weights file; rank 512 on a 70B model has 7 GB
-MAX_HEADER_BYTES = 8 * MIB  # 40,000 tensors take 6
+MAX_HEADER_BYTES = 6 * MIB  # 40,000 tensors of a mixture of experts
 MAX_JSON_BYTES = 4 * MIB  # adapter_config.json, rora.json
 MAX_TEXT_BYTES = 16 * MIB  # README.md, report.html
 MAX_TEMPLATE_BYTES = MIB  # chat_template.jinja
 # Values and containers of one JSON text. An empty list takes two bytes of a file and 64 of memory.
 MAX_JSON_VALUES = 500_000
 MAX_JSON_DEPTH = 100
+MAX_UNESCAPED_BYTES = MIB  # of JSON with characters beyond ASCII, which take four bytes each
 MAX_TENSORS = 40_000
 MAX_DIMENSIONS = 8
 MAX_NAME_LENGTH = 512  # of a tensor

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from adapters.errors import ArtifactError
-from adapters.limits import MAX_JSON_BYTES, MAX_JSON_DEPTH, MAX_JSON_VALUES
+from adapters.limits import (
+    MAX_JSON_BYTES,
+    MAX_JSON_DEPTH,
+    MAX_JSON_VALUES,
+    MAX_UNESCAPED_BYTES,
+)
 from adapters.problems import Code, Problem, refusal, shown
 
 
@@ -77,9 +82,9 @@ def read_json_file(path: Path) -> dict[str, Any]:
 def parse_json_object(content: bytes, *, path: Path, where: str) -> dict[str, Any]:
     """Return the object that a JSON text holds, having bounded what it can cost.
 
-    Raises: ArtifactError: not UTF-8, not JSON, more than 500,000 values or 100 levels, a key twice
-        in one object, NaN, infinity or half a character, which Python reads and others do not, or
-        no object.
+    Raises: ArtifactError: not UTF-8, above 1 MiB and not ASCII, not JSON, more than 500,000 values
+        or 100 levels, a key twice in one object, NaN, infinity or half a character, which Python
+        reads and others do not, or no object.
     Cost: at most about 100 bytes of memory for each value.
     """
     # Counted in bytes, so text is counted too: an upper bound, which is what a bound needs.
@@ -87,6 +92,12 @@ def parse_json_object(content: bytes, *, path: Path, where: str) -> dict[str, An
     if num_values > MAX_JSON_VALUES:
         message = f"about {num_values} values, at most {MAX_JSON_VALUES} are expected"
         raise refuse(Code.JSON_TOO_MANY_VALUES, path, message, where=where)
+    if len(content) > MAX_UNESCAPED_BYTES and not content.isascii():
+        message = (
+            f"{len(content)} bytes that are not all ASCII, which a text above "
+            f"{MAX_UNESCAPED_BYTES} is expected to be; write other characters as escapes"
+        )
+        raise refuse(Code.JSON_NOT_TEXT, path, message, where=where)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -156,7 +167,21 @@ def _check_depth(parsed: Any) -> None:
 def _refuse_lone_surrogates(parsed: dict[str, Any], path: Path, where: str) -> None:
     """Half a surrogate pair passes as JSON and fails wherever the text is used."""
     try:
-        json.dumps(parsed, ensure_ascii=False).encode()
+        for text in _texts(parsed):
+            text.encode()
     except UnicodeEncodeError as error:
         message = "an escape that is half of a character; write it again"
         raise refuse(Code.JSON_NOT_TEXT, path, message, where=where) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every key and text in parsed JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)

@@ -169,4 +169,4 @@ def _temporary_name(path: Path) -> Path:
 
 
 def _json_bytes(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -309,14 +309,26 @@ def metadata_of_numbers(folder: Path) -> None:
 
 
 @case("tensors-too-many")
-def sixty_thousand_tensors(folder: Path) -> None:
-    names = (f"{PREFIX}m.{number}.lora_A.weight" for number in range(60_000))
+def forty_five_thousand_tensors(folder: Path) -> None:
+    names = (f"{PREFIX}m.{number}.lora_A.weight" for number in range(45_000))
     write_frame(folder, {name: entry([0], [0, 0]) for name in names})
 
 
 @case("tensor-name")
 def tensor_name_of_a_megabyte(folder: Path) -> None:
     write_frame(folder, {"a" * MIB: entry()}, b"1234")
+
+
+@case("json-not-text")
+def tensor_name_of_five_megabytes_with_an_emoji(folder: Path) -> None:
+    """One such character makes the whole text take four bytes for each."""
+    text = json.dumps({"a" * 5 * MIB + "🙂": entry()}, ensure_ascii=False).encode()
+    write_frame(folder, text, b"1234")
+
+
+@case("tensor-name")
+def tensor_name_of_five_megabytes_with_an_escape(folder: Path) -> None:
+    write_frame(folder, {"a" * 5 * MIB + "🙂": entry()}, b"1234")
 
 
 @case("tensor-name")
