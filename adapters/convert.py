@@ -22,7 +22,7 @@ from adapters.errors import ArtifactError
 from adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from adapters.header import TensorInfo, header_of
 from adapters.limits import MAX_ADAPTER_BYTES
-from adapters.patterns import PatternTable, check_pattern, targeted
+from adapters.patterns import PatternTable, check_pattern, check_steps, targeted
 from adapters.problems import Code, Problem, refusal, shown
 from adapters.reading import open_regular, read_json_file, reading
 from adapters.receipt import BaseShapes, find_layer
@@ -34,6 +34,7 @@ _PEFT_NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)\."
     r"(?P<kind>lora|lora_embedding)_(?P<side>A|B)(?:\.(?P<adapter>(?!weight$|bias$)\w+))?(?:\.weight)?"
 )
+_MAX_LAYERS_PATTERNS = 10
 _KOHYA_NAME = re.compile(r"(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
 # What sd-scripts puts before a module's path, whose dots it makes underscores.
 _KOHYA_PREFIXES = ("lora_te1_", "lora_te2_", "lora_te_", "lora_unet_", "lora_")
@@ -215,7 +216,9 @@ def _without_idle_keys(
     kept: dict[str, Any] = {}
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, name)
-        idle = set(PatternTable(pattern).unmatched(modules))
+        table = PatternTable(pattern)
+        check_steps(name, table.steps(modules))
+        idle = set(table.unmatched(modules))
         kept[name] = {key: value for key, value in pattern.items() if key not in idle}
         if idle:
             notes.append(f"left out of {name} what matches no module: {shown(min(idle))}, …")
@@ -233,6 +236,7 @@ def _not_chosen(keys: Mapping[str, Any], modules: list[str]) -> set[str]:
     layers, pattern = keys.get("layers_to_transform"), keys.get("layers_pattern")
     patterns = [pattern] if isinstance(pattern, str) else pattern or ["[^.]*"]
     layers = [layers] if isinstance(layers, int) else layers
+    wanted = layers or []
     problems = []
     if isinstance(exclude, str):
         found = check_pattern("exclude_modules", exclude)
@@ -243,18 +247,25 @@ def _not_chosen(keys: Mapping[str, Any], modules: list[str]) -> set[str]:
     plain = isinstance(patterns, list) and all(
         isinstance(one, str) and re.fullmatch(r"[\w]+|\[\^\.\]\*", one) for one in patterns
     )
-    if not plain or not (layers is None or isinstance(layers, list)):
+    if (
+        not plain
+        or len(patterns) > _MAX_LAYERS_PATTERNS
+        or not isinstance(wanted, list)
+        or not all(isinstance(layer, int) for layer in wanted)
+    ):
         message = f"with {shown(patterns)} chooses layers in a way that is not read"
         problems.append(Problem(Code.KIND_CHOSEN_LAYERS, "layers_to_transform", message))
     if problems:
         raise refusal(ArtifactError, CONFIG_FILE, problems)
     if exclude:
         left_out |= targeted(exclude, modules)
-    if layers:
+    if wanted:
+        expressions = [re.compile(rf".*\.{one}\.(\d+)\.") for one in patterns]
+        numbers = {str(layer) for layer in wanted}
         for module in modules:
-            found_layers = [re.match(rf".*\.{one}\.(\d+)\.", module) for one in patterns]
-            indices = [int(match[1]) for match in found_layers if match is not None]
-            if not indices or indices[0] not in layers:
+            found_layers = (expression.match(module) for expression in expressions)
+            match = next((match for match in found_layers if match is not None), None)
+            if match is None or match[1] not in numbers:
                 left_out.add(module)
     return left_out
 

@@ -13,7 +13,7 @@ from adapters.problems import shown
 LATEST = "latest"
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"  # the embedded base model's
 MIN_DIGEST_PREFIX = 12
-MAX_EVENTS = 200  # of an alias's history; older ones are forgotten
+MAX_EVENTS = 200  # of an alias, and of all that were removed; older ones are forgotten
 _RECORD_FORMAT = 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -145,8 +145,9 @@ class NameHistory:
     def _after(self, aliases: Mapping[str, str], event: Event) -> "NameHistory":
         events = [*self.events, event]
         moves = [place for place, old in enumerate(events) if old.alias == event.alias]
-        for place in reversed(moves[:-MAX_EVENTS]):
-            del events[place]
+        gone = [place for place, old in enumerate(events) if old.alias not in aliases]
+        dropped = {*moves[:-MAX_EVENTS], *gone[:-MAX_EVENTS]}
+        events = [old for place, old in enumerate(events) if place not in dropped]
         return NameHistory(replace(self.record, aliases=aliases), tuple(events))
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from adapters.config import AdapterConfig
 from adapters.errors import ArtifactError
 from adapters.folder import CONFIG_FILE
-from adapters.patterns import PatternTable, match_modules
+from adapters.patterns import PatternTable, check_steps, match_modules
 from adapters.problems import Code, Problem, refusal
 
 Value = TypeVar("Value", int, float)
@@ -66,7 +66,8 @@ def exact_config(
     A key matches by PEFT's rule, so a path also matches every longer one that ends in it: the
     longer ones come first, and stand there even if they have the default.
 
-    Raises: ArtifactError: no order of keys says it, as two paths differ where the other has a dot.
+    Raises: ArtifactError: this order of keys does not say it, as of two paths each has a dot where
+        the other has none.
     """
     rank = max(ranks.values())  # engines size their buffers by it
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -77,7 +78,7 @@ def exact_config(
         rank_pattern=_exact_pattern(ranks, default=rank),
         alpha_pattern=_exact_pattern(alphas, default=alpha),
     )
-    for module, found in find_scalings(made, list(ranks))[0].items():
+    for module, found in resolve_scalings(made, list(ranks)).items():
         if (found.rank, found.alpha) != (ranks[module], float(alphas[module])):
             message = "no pattern tells it from another module; rename one of them"
             problem = Problem(Code.PATTERN_SYNTAX, module, message)
@@ -88,9 +89,14 @@ def exact_config(
 def _exact_pattern(values: Mapping[str, Value], *, default: Value) -> dict[str, Value]:
     needed = {module: value for module, value in values.items() if value != default}
     table = PatternTable(needed)
+    check_steps("pattern", table.steps(list(values)))
     spoilt = {m: v for m, v in values.items() if v == default and table.first_match(m) is not None}
-    # Longest first; paths of one length are told apart by every character but those at dots.
-    return dict(sorted({**needed, **spoilt}.items(), key=lambda item: (-len(item[0]), item[0])))
+
+    # Longest first; of one length, those with fewer dots, which stand for any character.
+    def order(item: tuple[str, Value]) -> tuple[int, int, str]:
+        return (-len(item[0]), item[0].count("."), item[0])
+
+    return dict(sorted({**needed, **spoilt}.items(), key=order))
 
 
 def _scaling(config: AdapterConfig, rank: int, alpha: float) -> ModuleScaling:

@@ -36,6 +36,7 @@ _ARCHIVE = "archive"
 # What the readers of archives may read to find the next member: extended headers, or the whole
 # directory of a zip. Content is read by us.
 _MAX_TAR_HEADER_BYTES = 64 * 1024
+_MAX_TAR_HEADERS_BYTES = 4 * MIB  # of all members together
 _MAX_ZIP_DIRECTORY_BYTES = MIB
 # What tarfile and zipfile raise on files that are none, as fuzzing them shows.
 _ARCHIVE_ERRORS = (
@@ -143,12 +144,13 @@ def _unpack_into(file: IO[bytes], path: Path, target: Path) -> None:
 
 
 def _unpack_tar(source: "_Bounded", members: "_Members") -> None:
-    # Plain mode over our reader: it seeks forward only. Members are let go one by one, since each
-    # keeps a copy of the archive's global header.
+    # Plain mode over our reader: it seeks forward only. Members and headers are let go one by one,
+    # since each member keeps a copy of the headers before it.
     source.allow_header(_MAX_TAR_HEADER_BYTES)
     with tarfile.open(fileobj=cast("IO[bytes]", source), mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]
+            archive.pax_headers = {}  # what is global in an archive says nothing of adapters
             name = member.name
             if member.issym() or member.islnk():
                 raise _refuse(name, Code.ARCHIVE_LINK, "a link, files and folders are expected")
@@ -206,8 +208,8 @@ class _Members:
             message = f"more than {MAX_ARCHIVE_MEMBERS} members, an adapter has six files"
             raise _refuse(self.archive, Code.ARCHIVE_TOO_MANY, message)
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
-            message = "climbs out of the folder or can not be printed, a plain path is expected"
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            message = "a path that climbs out of the folder, one below it is expected"
             raise _refuse(name, Code.ARCHIVE_CLIMBS, message)
         if extract is None:
             return
@@ -257,6 +259,7 @@ class _Bounded:
         self._compressed_bytes = compressed_bytes
         self._name = name
         self._header_bytes: int | None = 0
+        self._all_header_bytes = 0
         self.mode = "rb"
 
     def allow_header(self, num_bytes: int) -> None:
@@ -275,7 +278,8 @@ class _Bounded:
         else:
             content = self._inner.read(allowed + 1 if size < 0 else min(size, allowed + 1))
             self._header_bytes = allowed - len(content)
-            if self._header_bytes < 0:
+            self._all_header_bytes += len(content)
+            if self._header_bytes < 0 or self._all_header_bytes > _MAX_TAR_HEADERS_BYTES:
                 message = "a header above any that an adapter needs"
                 raise _refuse(self._name, Code.ARCHIVE_BOMB, message)
         self.check_ratio(self._inner.tell())

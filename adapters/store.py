@@ -110,7 +110,7 @@ class AdapterStore:
         return self._existing(name).record
 
     def history(self, name: str) -> tuple[Event, ...]:
-        """Return the moves of a name's aliases, oldest first, the last 1000 of them.
+        """Return the moves of a name's aliases, oldest first, the last 200 of each.
 
         Raises: AdapterNotFoundError: no such name.
         """

@@ -283,6 +283,17 @@ def test_paths_that_end_in_one_another_keep_their_own_scaling(tmp_path: Path) ->
     assert_same(before, tmp_path / "out")
 
 
+def test_paths_that_differ_by_a_dot_keep_their_own_ranks(tmp_path: Path) -> None:
+    """A dot of a key stands for any character, so "a.b" also matches "a_b"."""
+    ranks = {"m.a.b": 2, "m.a_b": 4, "m.c.d": 2}
+    factors = {name: (np.ones((r, 8), "f4"), np.ones((6, r), "f4")) for name, r in ranks.items()}
+    config = AdapterConfig(4, 8, rank_pattern={"m.a_b": 4, "m.a.b": 2, "m.c.d": 2})
+    write_artifact(tmp_path / "a", config, factors, provenance={})
+    before = deltas(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "out", base=None)
+    assert_same(before, tmp_path / "out")
+
+
 @pytest.mark.parametrize("prefix", ["lora_te1_", "lora_te2_"])
 def test_two_names_of_one_module_are_refused(
     ranked: Path, tmp_path: Path, base: BaseShapes, prefix: str

@@ -29,7 +29,12 @@ def test_an_archive_holds_the_same_adapter(
     tmp_path: Path, adapter: Path, kind: str, folder: str
 ) -> None:
     path = tmp_path / "archive"
-    files = {**right_files(folder), f"{folder}/optimizer.pt": b"x", f"{folder}/README.md": b"hello"}
+    files = {
+        **right_files(folder),
+        f"{folder}/optimizer.pt": b"x",
+        f"{folder}/README.md": b"hello",
+        f"{folder}/Icon\r": b"",
+    }
     if kind == "zip":
         write_zip(path, files)
     else:

@@ -558,6 +558,14 @@ def test_moves_of_one_alias_do_not_push_out_those_of_another(
     assert MAX_EVENTS // 3 < number < MAX_EVENTS
 
 
+def test_aliases_that_were_removed_leave_little(store: AdapterStore, adapter: Path) -> None:
+    store.add(adapter, name="a")
+    for number in range(MAX_EVENTS):
+        store.set_alias("a", f"build-{number}")
+        store.remove(f"a@build-{number}")
+    assert len(store.history("a")) == MAX_EVENTS + 1
+
+
 def test_a_lock_that_is_never_let_go_is_named(
     store: AdapterStore, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -437,6 +437,17 @@ def layer_zero_alone(folder: Path) -> None:
 
 
 @case("rank-too-large")
+def rank_of_four_thousand_in_a_large_module(folder: Path) -> None:
+    change_keys(folder, r=4096, rank_pattern={}, target_modules=["q_proj"])
+    size = 4096 * 1500 * 2
+    header = {
+        factor(QUERY, "A"): entry([4096, 1500], [0, size], "F16"),
+        factor(QUERY, "B"): entry([1500, 4096], [size, 2 * size], "F16"),
+    }
+    write_frame(folder, header, np.full(size, 0.001, "f2").tobytes())
+
+
+@case("rank-too-large")
 def rank_of_two_hundred_thousand(folder: Path) -> None:
     change_keys(folder, r=200_000, rank_pattern={}, target_modules=["q_proj"])
     header = {
@@ -953,6 +964,15 @@ def tar_with_a_sparse_map_of_a_million_holes(path: Path) -> None:
     member = tar_member("a/x", len(holes))
     member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a"}
     path.write_bytes(member.tobuf(tarfile.PAX_FORMAT) + holes + b"\0" * 10_240)
+
+
+@case("archive-bomb", suffix=".tar.gz")
+def tar_with_a_global_header_for_each_file(path: Path) -> None:
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for number in range(250):
+            keys = {f"key{number}-{key}": "x" for key in range(3000)}
+            file.write(tarfile.TarInfo.create_pax_global_header(keys))
+            file.write(tar_member(f"a/{number}").tobuf())
 
 
 @case("archive-bomb", suffix=".tar")
