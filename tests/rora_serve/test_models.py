@@ -232,3 +232,14 @@ def test_what_is_refused_is_not_kept(
     with pytest.raises(AdapterMismatchError):
         asyncio.run(directory.open("b"))
     assert list((store.root / "leases").iterdir()) == []
+
+
+def test_a_store_that_can_only_be_read_is_served(
+    directory: ModelDirectory, store: AdapterStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder in the lock's place stands for a file system that is mounted to be read."""
+    (store.root / ".lock").unlink()
+    (store.root / ".lock").mkdir()
+    served = asyncio.run(directory.open("a"))
+    assert served is not None
+    assert "no lease on a@sha256:" in caplog.text
