@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
-from adapters import AdapterStore, open_artifact
+from adapters import AdapterStore
 from adapters.base_model import chat_template, fingerprint
 from adapters.errors import ConfigError, EngineSeamError
 from adapters.limits import MAX_LORA_RANK
@@ -177,14 +177,13 @@ def _engine_options(
 
 def _store_limits(store: AdapterStore) -> tuple[int, int]:
     """Return the number of names in the store, at least 1, and their newest versions' top rank."""
-    folders = [store.resolve(record.name).folder for record in store.names()]
-    ranks = [m.rank for folder in folders for m in open_artifact(folder).modules.values()]
+    ranks = [record.latest.max_rank for record in store.names()]
     largest = max(ranks, default=1)
     if largest > MAX_LORA_RANK:
         raise ConfigError(
             f"{store.root}: an adapter has rank {largest}, {MAX_LORA_RANK} is served at most"
         )
-    return max(1, len(folders)), largest
+    return max(1, len(ranks)), largest
 
 
 def _is_cpu_build() -> bool:

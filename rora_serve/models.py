@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import AdapterStore, ResolvedVersion
-from adapters.digest import base_claim
+from adapters.digest import base_claim, read_chat_template
 from adapters.errors import AdapterMismatchError, AdapterNameError, ArtifactError, StoreError
-from adapters.folder import CHAT_TEMPLATE_FILE
 from adapters.objects import Lease
 from adapters.store import verify
 
@@ -64,9 +63,9 @@ class ServedBase:
 
     def mismatch(self, folder: Path) -> str | None:
         """Say why an adapter can not be served beside this base, as far as its folder tells."""
-        template = folder / CHAT_TEMPLATE_FILE
-        if template.exists():
-            text = template.read_text(encoding="utf-8", errors="replace")
+        template = read_chat_template(folder)
+        if template is not None:
+            text = template.decode(errors="replace")
             if text.strip() != (self.chat_template or "").strip():
                 return "it has a chat template of its own, which is not served yet"
         claim = base_claim(folder)
