@@ -136,11 +136,6 @@ class AdapterArtifact:
             for module in sorted(self.modules.values(), key=lambda m: m.lora_a.start):
                 yield module, file.read(module.lora_a), file.read(module.lora_b)
 
-    def read_module(self, module: LoraModule) -> tuple[Array, Array]:
-        """Return A and B of one module; otherwise as `read_tensors`."""
-        with open_tensors(self.weights_path) as file:
-            return file.read(module.lora_a), file.read(module.lora_b)
-
     def read_chunks(self) -> Iterator[tuple[LoraModule, TensorInfo, Iterator[memoryview]]]:
         """Yield every tensor, sorted by name, with an iterator over its bytes.
 
@@ -156,7 +151,7 @@ def open_artifact(folder: Path) -> AdapterArtifact:
     """Read the configuration and the header of an adapter folder and check that they agree.
 
     Raises: ArtifactError: every broken rule that shows without reading a tensor, with its code.
-    Cost: two files, no tensor.
+    Cost: every file is opened; configuration, header and template are read, no tensor.
     """
     artifact, problems = read_folder(folder)
     if problems or artifact is None:
@@ -167,7 +162,7 @@ def open_artifact(folder: Path) -> AdapterArtifact:
 def read_folder(folder: Path) -> tuple[AdapterArtifact | None, list[Problem]]:
     """Return the adapter in `folder`, if there is enough of it, and every broken rule.
 
-    Cost: two files, no tensor.
+    Cost: as `open_artifact`.
     """
     if not os.path.isdir(folder):  # noqa: PTH112  (Path.is_dir raises for names too long)
         message = "no such folder, an adapter folder written by rora-train or PEFT is expected"

@@ -7,7 +7,7 @@ the rank was a guess. The singular values of each delta say which ranks carry it
 import heapq
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from adapters.factors import Delta, Spectrum
 from adapters.scaling import exact_config
 from adapters.validation import checked_tensors
 from adapters.writer import FactorPair, write_artifact
+
+# Factors, and the Frobenius norm of what the delta lost.
+_Choice = Callable[[str, Delta, Spectrum], tuple[FactorPair, float]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ def compact_to_error(artifact: AdapterArtifact, output: Path, *, max_error: floa
     """
     if not 0 <= max_error < 1:
         raise ConfigError(f"--max-error: found {max_error}, at least 0 and below 1 is expected")
-    return _write(artifact, output, ranks=None, max_error=max_error)
+    return _write(
+        artifact, output, lambda _, delta, found: _within(delta, found, max_error=max_error)
+    )
 
 
 def compact_to_budget(artifact: AdapterArtifact, output: Path, *, rank_budget: int) -> Compaction:
@@ -95,26 +100,19 @@ def compact_to_budget(artifact: AdapterArtifact, output: Path, *, rank_budget: i
         if value > 0
     ]
     ranks = Counter(name for _, name in heapq.nlargest(rank_budget, values))
-    return _write(artifact, output, ranks=ranks, max_error=None)
+    return _write(
+        artifact, output, lambda name, delta, found: _truncated(delta, found, rank=ranks[name])
+    )
 
 
-def _write(
-    artifact: AdapterArtifact,
-    output: Path,
-    *,
-    ranks: Mapping[str, int] | None,
-    max_error: float | None,
-) -> Compaction:
+def _write(artifact: AdapterArtifact, output: Path, choose: _Choice) -> Compaction:
+    """Write the factors that `choose` takes of each module, by its name, delta and spectrum."""
     factors: dict[str, FactorPair] = {}
     modules = []
     for module, lora_a, lora_b in checked_tensors(artifact):
         delta = Delta(lora_a, lora_b, module.scaling)
         found = delta.spectrum()
-        if max_error is None:
-            assert ranks is not None
-            made, error = _truncated(delta, found, rank=ranks[module.name])
-        else:
-            made, error = _within(delta, found, max_error=max_error)
+        made, error = choose(module.name, delta, found)
         new_rank = made[0].shape[0]
         if new_rank:
             factors[module.name] = made

@@ -25,7 +25,7 @@ from adapters.limits import MAX_ADAPTER_BYTES
 from adapters.patterns import PatternTable, check_pattern, check_steps, targeted
 from adapters.problems import Code, Problem, refusal, shown
 from adapters.reading import open_regular, read_json_file, reading
-from adapters.receipt import BaseShapes, find_layer
+from adapters.receipt import BaseShapes, layer_problem
 from adapters.scaling import exact_config, resolve_scalings
 from adapters.tensors import NUMPY_DTYPES, Array, TensorFile, open_tensors
 from adapters.writer import FactorPair, write_artifact
@@ -375,18 +375,12 @@ def _split_fused(found: _Source, base: BaseShapes, notes: list[str]) -> None:
 
 def _check_fits(found: _Source, base: BaseShapes) -> None:
     """Refuse modules that the base model does not have, or has in other sizes."""
-    problems = []
-    for module, (lora_a, lora_b) in found.factors.items():
-        if module in found.embeddings:
-            continue
-        path = find_layer(module, base.linear)
-        shape = None if path is None else base.linear[path]
-        if path is None:
-            message = "matches no linear layer of the base model"
-            problems.append(Problem(Code.MODULE_UNMATCHED, module, message))
-        elif shape not in (None, (lora_b.shape[0], lora_a.shape[1])):
-            message = f"is for {[lora_b.shape[0], lora_a.shape[1]]}, the base model has {shape}"
-            problems.append(Problem(Code.MODULE_SHAPE, module, message))
+    fits = [
+        layer_problem(module, (lora_b.shape[0], lora_a.shape[1]), base.linear, kind="linear layer")
+        for module, (lora_a, lora_b) in found.factors.items()
+        if module not in found.embeddings
+    ]
+    problems = [problem for problem in fits if problem is not None]
     if problems:
         raise refusal(ArtifactError, f"on base model {base.name}", problems)
 

@@ -126,24 +126,20 @@ def _kinds(artifact: AdapterArtifact) -> dict[str, tuple[str, int]]:
 
     Stacks of layers, as an encoder's and a decoder's, are told apart if there are several.
     """
-    matches = {name: _LAYER.fullmatch(name) for name in artifact.modules}
-    in_layers = {
-        name: match
-        for name, match in matches.items()
-        if match is not None and len(match["layer"]) <= len(str(_MAX_LAYERS - 1))
-    }
-    several = len({match["before"] for match in in_layers.values()}) > 1
-    return {
-        name: (
-            f"{in_layers[name]['before']}.*.{in_layers[name]['kind']}"
-            if several
-            else in_layers[name]["kind"],
-            int(in_layers[name]["layer"]),
-        )
-        if name in in_layers
-        else (name, 0)
-        for name in artifact.modules
-    }
+    matches = {}
+    for name in artifact.modules:
+        match = _LAYER.fullmatch(name)
+        if match is not None and int(match["layer"]) < _MAX_LAYERS:
+            matches[name] = match
+    several = len({match["before"] for match in matches.values()}) > 1
+    kinds = {}
+    for name in artifact.modules:
+        if name not in matches:
+            kinds[name] = (name, 0)
+            continue
+        before, layer, kind = matches[name].group("before", "layer", "kind")
+        kinds[name] = (f"{before}.*.{kind}" if several else kind, int(layer))
+    return kinds
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

@@ -1,7 +1,7 @@
 """The files of a store's names, and a copy of all of them in one.
 
     names/<name>.json    what a name holds: the truth
-    listing.tsv        the same of every name, so that ten thousand of them are listed without as
+    listing.tsv          the same of every name, so that ten thousand of them are listed without as
                          many reads
 
 An entry of the listing counts only while the name's file is the very one (inode, time and size)

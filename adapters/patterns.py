@@ -42,7 +42,7 @@ class PatternTable:
     and by where their dots are, so that a path is looked up once in each group that can match it.
 
     Args:
-        keys: in the order of the configuration; each passes `check_pattern`.
+        keys: in the order of the configuration; each passes `check_key`.
     Source: peft 0.21 `utils/other.py: get_pattern_key`.
     Checked against: PEFT's own function, in tests/adapters/test_patterns.py.
     """

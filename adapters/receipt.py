@@ -72,6 +72,7 @@ class Receipt:
     """What an adapter matches in a base model.
 
     Args:
+        folder: of the adapter.
         base: name of the base model.
         base_fingerprint: of its weights.
         is_trained_on_it: whether rora.json names this base; None if it says nothing.
@@ -80,6 +81,7 @@ class Receipt:
         untouched: linear layers of the base that the adapter leaves as they are.
     """
 
+    folder: Path
     base: str
     base_fingerprint: str
     is_trained_on_it: bool | None
@@ -98,7 +100,8 @@ class Receipt:
         Raises: AdapterMismatchError: every module that does not, or another base.
         """
         if self.problems:
-            raise refusal(AdapterMismatchError, f"on base model {self.base}", self.problems)
+            place = f"{self.folder} on base model {self.base}"
+            raise refusal(AdapterMismatchError, place, self.problems)
 
 
 def read_base_shapes(folder: Path, *, name: str) -> BaseShapes:
@@ -148,17 +151,15 @@ def receipt(artifact: AdapterArtifact, base: BaseShapes) -> Receipt:
     problems: list[Problem] = []
     touched: set[str] = set()
     for module in artifact.modules.values():
-        path = find_layer(module.name, _layers(module, base))
-        if path is None:
-            message = f"matches no {_layer(module)} of the base model"
-            problems.append(Problem(Code.MODULE_UNMATCHED, module.name, message))
-        elif (shape := _layers(module, base)[path]) not in (None, _sizes(module)):
-            message = f"is for {list(_sizes(module))}, the base model has {list(shape or ())}"
-            problems.append(Problem(Code.MODULE_SHAPE, module.name, message))
+        layers = _layers(module, base)
+        problem = layer_problem(module.name, _sizes(module), layers, kind=_layer(module))
+        path = find_layer(module.name, layers)
+        if problem is not None:
+            problems.append(problem)
         elif path in touched:
             message = f"is one more module for the base model's {path}, one is expected"
             problems.append(Problem(Code.MODULE_UNMATCHED, module.name, message))
-        else:
+        elif path is not None:
             touched.add(path)
     matched = {}
     if not problems:  # else its numbers say nothing, and may be many
@@ -176,6 +177,7 @@ def receipt(artifact: AdapterArtifact, base: BaseShapes) -> Receipt:
         )
         problems.append(Problem(Code.BASE_OTHER, PROVENANCE_FILE, message))
     return Receipt(
+        folder=artifact.folder,
         base=base.name,
         base_fingerprint=base.fingerprint,
         is_trained_on_it=is_trained_on_it,
@@ -192,6 +194,31 @@ def find_layer(module: str, layers: Mapping[str, object]) -> str | None:
     first, _, rest = module.partition(".")
     is_left_out = first in _LEFT_OUT and not any(path.startswith(f"{first}.") for path in layers)
     return rest if is_left_out and rest in layers else None
+
+
+def layer_problem(
+    module: str,
+    sizes: tuple[int, int],
+    layers: Mapping[str, tuple[int, int] | None],
+    *,
+    kind: str,
+) -> Problem | None:
+    """Say why a module fits none of the base's layers.
+
+    Args:
+        module: path.
+        sizes: of the weight that its factors fit.
+        layers: sizes of the base's weights of that kind; None if they are not known.
+        kind: of layer, in words.
+    """
+    path = find_layer(module, layers)
+    if path is None:
+        return Problem(Code.MODULE_UNMATCHED, module, f"matches no {kind} of the base model")
+    shape = layers[path]
+    if shape is not None and shape != sizes:
+        message = f"is for {list(sizes)}, the base model has {list(shape)}"
+        return Problem(Code.MODULE_SHAPE, module, message)
+    return None
 
 
 def _layers(module: LoraModule, base: BaseShapes) -> Mapping[str, tuple[int, int] | None]:

@@ -30,7 +30,7 @@ from adapters.limits import (
 from adapters.problems import Code, Problem, refusal, shown
 from adapters.reading import open_regular
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:@(?P<revision>[\w./-]+))?")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
 _CHUNK_BYTES = 64 * 1024
 _ARCHIVE = "archive"
 # What the readers of archives may read to find the next member: extended headers, or the whole
@@ -55,19 +55,19 @@ def open_source(source: str) -> Iterator[Path]:
     Raises: ArtifactError: there is no such thing, or the archive breaks a rule.
     Cost: an archive is read once and its adapter written to the temporary folder.
     """
-    path = Path(os.path.realpath(source)) if "\0" not in source else Path(source)
-    if os.path.isdir(source):  # noqa: PTH112  (Path.is_dir raises for names too long)
+    # os.path, since Path's own checks raise for names that no file can have.
+    if os.path.isdir(source):  # noqa: PTH112
         yield Path(source)
         return
     with tempfile.TemporaryDirectory(prefix="rora-adapter-") as temporary:
-        if "\0" not in source and os.path.lexists(path):
+        if os.path.exists(source):  # noqa: PTH110
             with _named(source, temporary):
-                folder = _unpack(path, Path(temporary))
+                folder = _unpack(Path(source).resolve(), Path(temporary))
         elif _HUB_NAME.fullmatch(source) and not source.startswith((".", "-")):
             folder = _download(source, Path(temporary))
         else:
             message = "no such folder or archive, an adapter is expected"
-            problem = Problem(Code.FOLDER_MISSING, path.name or source, message)
+            problem = Problem(Code.FOLDER_MISSING, Path(source).name or source, message)
             raise refusal(ArtifactError, source, [problem])
         with _named(source, temporary):
             yield folder
@@ -192,7 +192,7 @@ class _Members:
     """Takes an adapter's files out of an archive, each folder of it into one of ours."""
 
     def __init__(self, archive: str, target: Path) -> None:
-        self.archive = archive
+        self._archive = archive
         self._target = target
         self._folders: dict[PurePosixPath, Path] = {}
         self._seen: set[PurePosixPath] = set()
@@ -206,7 +206,7 @@ class _Members:
         self._num_members += 1
         if self._num_members > MAX_ARCHIVE_MEMBERS:
             message = f"more than {MAX_ARCHIVE_MEMBERS} members, an adapter has six files"
-            raise _refuse(self.archive, Code.ARCHIVE_TOO_MANY, message)
+            raise _refuse(self._archive, Code.ARCHIVE_TOO_MANY, message)
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name:
             message = "a path that climbs out of the folder, one below it is expected"
@@ -230,7 +230,7 @@ class _Members:
         self._num_bytes += num_bytes
         if self._num_bytes > MAX_ADAPTER_BYTES + MIB:
             message = f"holds more than {MAX_ADAPTER_BYTES} bytes of adapters, one is expected"
-            raise _refuse(self.archive, Code.ARCHIVE_TOO_MANY, message)
+            raise _refuse(self._archive, Code.ARCHIVE_TOO_MANY, message)
         content = extract()
         assert content is not None
         target = self._folder(path.parent) / path.name
@@ -260,7 +260,6 @@ class _Bounded:
         self._name = name
         self._header_bytes: int | None = 0
         self._all_header_bytes = 0
-        self.mode = "rb"
 
     def allow_header(self, num_bytes: int) -> None:
         """Let at most this many bytes be read until content is."""

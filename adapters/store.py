@@ -163,7 +163,7 @@ class AdapterStore:
                 num_bytes=artifact.num_bytes,
                 min_rank=min(ranks),
                 max_rank=max(ranks),
-                added=int(time.time()),
+                added=_now(),
             )
             is_whole = self._objects.is_whole(digest)
             with self._locked():

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import AdapterMismatchError, AdapterNameError
+from adapters.errors import AdapterNameError
 from adapters.names import DEFAULT_MODEL_NAME, LATEST, MIN_DIGEST_PREFIX, NameRecord
 from adapters.store import AdapterStore
 
@@ -82,15 +82,12 @@ def _add(arguments: argparse.Namespace) -> int:
 
 def _check_fits(folder: Path, base: "BaseShapes") -> None:
     from adapters.artifact import read_folder  # noqa: PLC0415
-    from adapters.problems import refusal  # noqa: PLC0415
     from adapters.receipt import receipt  # noqa: PLC0415
 
     artifact, problems = read_folder(folder)
     if artifact is None or problems:
         return  # the store says what is wrong
-    misfits = receipt(artifact, base).problems
-    if misfits:
-        raise refusal(AdapterMismatchError, f"{folder} on base model {base.name}", misfits)
+    receipt(artifact, base).check()
 
 
 def _list(arguments: argparse.Namespace) -> int:

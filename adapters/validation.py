@@ -21,7 +21,7 @@ from adapters.folder import MAX_FILE_BYTES
 from adapters.limits import MAX_DELTA_BOUND, MAX_LORA_RANK, MIB
 from adapters.patterns import idle_targets
 from adapters.problems import Code, Problem, refusal, shown
-from adapters.tensors import NUMPY_DTYPES, Array
+from adapters.tensors import NUMPY_DTYPES, Array, TensorFile, open_tensors
 
 _MAX_NOTED_FILES = 10
 _ROUNDING = 1e-7  # of float32, relative
@@ -92,12 +92,13 @@ def _value_problems(artifact: AdapterArtifact) -> tuple[list[Problem], list[str]
         norms.setdefault(module.name, {})[tensor.name] = _norm(pieces)
     problems: list[Problem] = []
     dead = []
-    for name, module in artifact.modules.items():
-        norm_a, norm_b = (norms[name][t.name] for t in (module.lora_a, module.lora_b))
-        found = _norm_problems(module, norm_a, norm_b)
-        problems += found
-        if not found and _is_zero(artifact, module, module.scaling * norm_a * norm_b):
-            dead.append(name)
+    with open_tensors(artifact.weights_path) as file:
+        for name, module in artifact.modules.items():
+            norm_a, norm_b = (norms[name][t.name] for t in (module.lora_a, module.lora_b))
+            found = _norm_problems(module, norm_a, norm_b)
+            problems += found
+            if not found and _is_zero(file, module, module.scaling * norm_a * norm_b):
+                dead.append(name)
     if dead and len(dead) == len(artifact.modules):
         message = (
             "every delta is zero, so that it would answer as the base model; train it before you "
@@ -107,16 +108,19 @@ def _value_problems(artifact: AdapterArtifact) -> tuple[list[Problem], list[str]
     return problems, dead
 
 
-def _is_zero(artifact: AdapterArtifact, module: LoraModule, bound: float) -> bool:
+def _is_zero(file: TensorFile, module: LoraModule, bound: float) -> bool:
     """Tell whether a delta is nothing but what rounding leaves of one.
 
-    Args: bound: scaling * |A| * |B|, which training leaves within a factor of rank of |delta|.
+    Args:
+        file: of its tensors.
+        module: whose delta.
+        bound: scaling * |A| * |B|, which training leaves within a factor of rank of |delta|.
     """
     if bound == 0:
         return True
     if module.num_bytes > _MAX_LOOKED_AT_BYTES or module.rank > MAX_LORA_RANK:
         return False
-    lora_a, lora_b = artifact.read_module(module)
+    lora_a, lora_b = file.read(module.lora_a), file.read(module.lora_b)
     # |delta @ x| is |delta| times a normal number, for x of normal numbers.
     probes = np.random.default_rng(0).standard_normal((module.in_features, _NUM_PROBES))
     found = module.scaling * _product(lora_b, _product(lora_a, probes))

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from adapters.artifact import read_folder
+from adapters.artifact import PEFT_PREFIX, read_folder
 from adapters.config import AdapterConfig
 from adapters.errors import ArtifactError
 from adapters.folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
@@ -63,7 +63,7 @@ def write_artifact(
             factor_name = (
                 f"lora_embedding_{side}" if module in embeddings else f"lora_{side}.weight"
             )
-            name = f"base_model.model.{module}.{factor_name}"
+            name = f"{PEFT_PREFIX}{module}.{factor_name}"
             tensors[name] = np.ascontiguousarray(factor)
     with new_folder(folder) as temporary, _writing(folder):
         # "pt" is what transformers and PEFT ask of a file before they open it.
