@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from numpy.typing import NDArray
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from adapters import AdapterConfig, write_artifact
+from adapters import AdapterConfig, open_artifact, write_artifact
 from adapters.header import read_header
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -58,6 +60,23 @@ def make_random_adapter(
         factors[module] = (lora_a.astype(np.float32), lora_b.astype(np.float32))
     write_artifact(folder, config, factors, provenance={"format": 1, "method": "random"})
     return folder
+
+
+def formed_deltas(folder: Path) -> dict[str, NDArray[np.float64]]:
+    """Return scaling * B @ A of every module of an adapter, formed."""
+    return {
+        module.name: module.scaling * b.astype(np.float64) @ a.astype(np.float64)
+        for module, a, b in open_artifact(folder).read_tensors()
+    }
+
+
+@torch.no_grad()
+def pefts_logits(base: Path, adapter: Path) -> torch.Tensor:
+    """Return what PEFT computes for 40 tokens from an adapter folder, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+    logits: torch.Tensor = adapted(torch.arange(20, 60)[None]).logits
+    return logits
 
 
 def write_lines(path: Path, lines: list[object]) -> Path:

@@ -16,6 +16,8 @@ from adapters.compact import Compaction, compact_to_budget, compact_to_error
 from adapters.errors import ArtifactError, ConfigError
 from tests.conftest import LINEAR
 from tests.reference import ATOL
+from tests.workloads import formed_deltas as deltas
+from tests.workloads import pefts_logits
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -45,13 +47,6 @@ def make_with_peft(folder: Path, base: Path, **options: Any) -> Path:
             parameter.data = torch.randn(rows, 2) @ torch.randn(2, columns) * 0.05
     model.save_pretrained(str(folder))
     return folder
-
-
-@torch.no_grad()
-def pefts_logits(base: Path, adapter: Path) -> torch.Tensor:
-    model = PeftModel.from_pretrained(base_model(base), str(adapter)).eval()
-    logits: torch.Tensor = model(torch.arange(20, 60)[None]).logits
-    return logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,14 +98,6 @@ def make(
     provenance = {"format": 1, "probe": {"old": 1}, "method": "rora"}
     write_artifact(folder, config, pairs, provenance=provenance, chat_template=b"{{ own }}")
     return folder
-
-
-def deltas(folder: Path) -> dict[str, Any]:
-    """Return scaling * B @ A of every module, formed."""
-    return {
-        module.name: module.scaling * b.astype(np.float64) @ a.astype(np.float64)
-        for module, a, b in open_artifact(folder).read_tensors()
-    }
 
 
 @pytest.mark.parametrize("rslora", [True, False])

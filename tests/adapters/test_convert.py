@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from adapters import AdapterConfig, open_artifact, validate, weights_digest, write_artifact
 from adapters.convert import convert
@@ -17,7 +15,8 @@ from adapters.errors import ArtifactError
 from adapters.receipt import BaseShapes, read_base_shapes
 from tests.conftest import LINEAR
 from tests.reference import ATOL
-from tests.workloads import make_random_adapter
+from tests.workloads import formed_deltas as deltas
+from tests.workloads import make_random_adapter, pefts_logits
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -51,22 +50,6 @@ def rename(folder: Path, change: Any) -> None:
 def change_keys(folder: Path, **keys: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_bytes()), **keys}))
-
-
-def deltas(folder: Path) -> dict[str, Any]:
-    return {
-        module.name: module.scaling * b.astype("f8") @ a.astype("f8")
-        for module, a, b in open_artifact(folder).read_tensors()
-    }
-
-
-@torch.no_grad()
-def pefts_logits(base: Path, adapter: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    logits: torch.Tensor = (
-        PeftModel.from_pretrained(model, str(adapter)).eval()(torch.arange(20, 60)[None]).logits
-    )
-    return logits
 
 
 def assert_same(before: dict[str, Any], folder: Path) -> None:

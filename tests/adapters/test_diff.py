@@ -7,6 +7,7 @@ import pytest
 
 from adapters import AdapterConfig, open_artifact, write_artifact
 from adapters.diff import diff
+from tests.workloads import formed_deltas as formed
 
 
 def make(folder: Path, ranks: dict[str, int], *, seed: int, in_features: int = 12) -> Path:
@@ -23,13 +24,6 @@ def make(folder: Path, ranks: dict[str, int], *, seed: int, in_features: int = 1
     )
     write_artifact(folder, config, factors, provenance={})
     return folder
-
-
-def formed(folder: Path) -> dict[str, np.ndarray]:
-    return {
-        module.name: module.scaling * b.astype("f8") @ a.astype("f8")
-        for module, a, b in open_artifact(folder).read_tensors()
-    }
 
 
 def test_ranks_norms_cosines_and_distances_are_those_of_the_deltas(tmp_path: Path) -> None:
