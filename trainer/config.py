@@ -64,6 +64,17 @@ class LoopSettings(_Section):
     )
 
 
+class TrackingSettings(_Section):
+    """Where metrics go besides log.jsonl."""
+
+    tensorboard: bool = Field(
+        default=False, description="also write TensorBoard's event files, to OUTPUT/tensorboard"
+    )
+    wandb_project: str | None = Field(
+        None, min_length=1, description="also send metrics to this project of Weights & Biases"
+    )
+
+
 class TrainConfig(_Section):
     """All settings of one run."""
 
