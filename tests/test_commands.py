@@ -85,7 +85,7 @@ def test_train_validate_evaluate_and_store_work_together(
     assert measured["adapter"]["loss"] < measured["base"]["loss"]
     assert measured["adapter"]["num_samples"] == 6
     assert trainer.cli.main([*arguments[:-1], "--limit", "2"]) == 0
-    assert capsys.readouterr().out.startswith("2 chats, answers by exact-match")
+    assert capsys.readouterr().out.startswith("2 samples, answers by exact-match")
     store = ["--store", str(tmp_path / "store")]
     assert adapters.cli.main(["store", "add", folder, "--name", "x", *store]) == 0
     added = capsys.readouterr().out.strip()

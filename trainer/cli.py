@@ -23,13 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_config_command(commands, "run", "train; writes OUTPUT/adapter and OUTPUT/log.jsonl", _run)
     _add_config_command(
-        commands, "validate", "report every mistake in config and data; show one sample", _validate
+        commands, "validate", "report every mistake in config and data; show one batch", _validate
     )
     evaluation = commands.add_parser(
         "evaluate", help="loss and accuracy with and without an adapter"
     )
     evaluation.add_argument("adapter", type=Path, help="adapter folder")
-    evaluation.add_argument("--data", type=Path, required=True, help="JSON-lines file of chats")
+    evaluation.add_argument("--data", required=True, help="JSON-lines file, as data.train")
     evaluation.add_argument("--model", help="base model; default: SmolLM2-135M-Instruct")
     evaluation.add_argument("--limit", type=_positive, help="use the first lines only")
     evaluation.add_argument(
@@ -72,30 +72,33 @@ def _validate(config: TrainConfig) -> int:
     from trainer.validate import validate  # noqa: PLC0415  (imports torch)
 
     folder = find_model(config.model, cache=cache_folder(os.environ))
-    print(validate(config, folder))
+    has_colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(validate(config, folder, bold=has_colours and os.environ.get("TERM") != "dumb"))
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from adapters import open_artifact  # noqa: PLC0415
-    from trainer.data import read_chats  # noqa: PLC0415
+    from trainer.dataset import local_file  # noqa: PLC0415
     from trainer.inject import inject_artifact  # noqa: PLC0415  (imports torch)
+    from trainer.lines import read_examples  # noqa: PLC0415
     from trainer.loop import evaluate_both  # noqa: PLC0415
     from trainer.model import load_base  # noqa: PLC0415
 
     artifact = open_artifact(arguments.adapter)
-    chats = read_chats(arguments.data, limit=arguments.limit)
+    examples = list(read_examples(local_file(arguments.data), limit=arguments.limit).values())
     folder = find_model(arguments.model, cache=cache_folder(os.environ))
     base = load_base(model_name(arguments.model), folder, dtype="auto")
     layers = inject_artifact(base.model, artifact)
-    adapter, alone = evaluate_both(base, chats, layers, batch_tokens=arguments.batch_tokens)
+    adapter, alone = evaluate_both(base, examples, layers, batch_tokens=arguments.batch_tokens)
     if arguments.json:
         print(json.dumps({"base": vars(alone), "adapter": vars(adapter)}))
         return 0
-    print(f"{adapter.num_samples} chats, answers by {adapter.by}")
+    print(f"{adapter.num_samples} samples" + (f", answers by {adapter.by}" if adapter.by else ""))
     print(f"{'':8}  {'loss':>7}  accuracy")
     for name, result in (("base", alone), ("adapter", adapter)):
-        print(f"{name:8}  {result.loss:7.4f}  {result.accuracy:8.1%}")
+        accuracy = "-" if result.accuracy is None else f"{result.accuracy:.1%}"
+        print(f"{name:8}  {result.loss:7.4f}  {accuracy:>8}")
     return 0
 
 

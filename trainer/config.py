@@ -1,11 +1,20 @@
 """TrainConfig: every setting of a training run, from one TOML file and flags of the same names."""
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from adapters.config import ALL_LINEAR
+
+DEFAULT_EVAL_SET = "default"
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+# A text, since pathlib would join the slashes of hf://.
+DataSource = Annotated[
+    str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
+]
 
 
 class _Section(BaseModel):
@@ -15,11 +24,30 @@ class _Section(BaseModel):
 class DataSettings(_Section):
     """Where the data lies."""
 
-    train: Path = Field(description="JSON-lines file of chats to train on")
-    eval: Path | None = Field(None, description="held-out JSON-lines file")
-    eval_limit: int = Field(
-        200, ge=1, description="lines of data.eval that are used, the first ones"
+    train: DataSource = Field(
+        description="JSON-lines file to train on, or hf://datasets/OWNER/NAME[@REVISION]/PATH.jsonl"
     )
+    eval: DataSource | dict[str, DataSource] | None = Field(
+        None, description="held-out file as data.train, or a table of them; flag: PATH or SET=PATH"
+    )
+    eval_limit: int = Field(
+        200, ge=1, description="lines of each file of data.eval that are used, the first ones"
+    )
+
+    @field_validator("eval")
+    @classmethod
+    def _sets_have_plain_names(cls, value: object) -> object:
+        for name in value if isinstance(value, dict) else ():
+            if not _SET_NAME.fullmatch(name):
+                raise ValueError(f"the set's name {name!r} is none of letters, digits, _, . and -")
+        return value
+
+    @property
+    def eval_sets(self) -> dict[str, str]:
+        """Where each held-out set lies, by name; a single one is called "default"."""
+        if isinstance(self.eval, dict):
+            return self.eval
+        return {} if self.eval is None else {DEFAULT_EVAL_SET: self.eval}
 
 
 class AdapterSettings(_Section):
@@ -56,7 +84,7 @@ class LoopSettings(_Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="norm that gradients are clipped to")
     max_sample_tokens: int = Field(
-        2048, ge=2, description="longer samples are left out, and counted"
+        2048, ge=2, description="longer samples are truncated at the end, and counted"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of initial weights and data order")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

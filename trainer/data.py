@@ -1,15 +1,15 @@
-"""Samples: JSON lines of chats -> token ids and the tokens that carry loss.
+"""Examples and samples: chats, prompts with completions, texts -> token ids and those with loss.
 
-Owns reading and checking of lines, the chat template and the loss mask. The tokens before an answer
-are the very ones that a server sends when it asks for that answer.
+Owns the kinds of example, the chat template and the loss mask. The tokens before an answer are the
+very ones that a server sends when it asks for that answer. `lines` reads examples from files.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from adapters.errors import DataError
 
@@ -17,25 +17,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
-_ROLES = ("system", "user", "assistant")
-_MAX_REPORTED_MISTAKES = 10
 
 
 @dataclass(frozen=True)
 class Chat:
-    """One line of data.
+    """Turns that the model's chat template joins; the assistant's carry loss.
 
     Args:
         messages: turns with "role" and "content"; the last is the assistant's.
         choices: for multiple choice, what the answer may be; the last turn ends with one of them.
         answer: index of the right one in `choices`.
         references: all right answers, if there are more than the last turn.
+        num_given: leading turns that carry no loss, whoever's they are.
     """
+
+    kind: ClassVar[str] = "chat"
 
     messages: tuple[Message, ...]
     choices: tuple[str, ...] = ()
     answer: int | None = None
     references: tuple[str, ...] = ()
+    num_given: int = 0
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -47,10 +49,53 @@ class Chat:
         """The wanted answer: the content of the last turn."""
         return self.messages[-1]["content"]
 
+    def answered(self, completion: str) -> "Chat":
+        """Return this chat with another last turn."""
+        last = {"role": "assistant", "content": completion}
+        return replace(self, messages=(*self.prompt, last))
+
+
+@dataclass(frozen=True)
+class PromptCompletion:
+    """Raw text without a chat template; the completion and the end token carry loss.
+
+    Args:
+        prompt: what a server is asked with, possibly nothing.
+        completion: the wanted answer.
+        choices: for multiple choice, what the answer may be; the completion ends with one of them.
+        answer: index of the right one in `choices`.
+        references: all right answers, if there are more than the completion.
+    """
+
+    kind: ClassVar[str] = "prompt with completion"
+
+    prompt: str
+    completion: str
+    choices: tuple[str, ...] = ()
+    answer: int | None = None
+    references: tuple[str, ...] = ()
+
+    def answered(self, completion: str) -> "PromptCompletion":
+        """Return this prompt with another completion."""
+        return replace(self, completion=completion)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Raw text whose every token but the first carries loss, the end token too."""
+
+    kind: ClassVar[str] = "text"
+
+    text: str
+
+
+Question = Chat | PromptCompletion
+Example = Question | Text
+
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of a chat, and for each whether it carries loss."""
+    """Token ids of an example, and for each whether it carries loss; the first never does."""
 
     token_ids: tuple[int, ...]
     has_loss: tuple[bool, ...]
@@ -58,40 +103,57 @@ class Sample:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @cached_property
+    def loss_places(self) -> tuple[int, ...]:
+        """Indices of the tokens that carry loss; never 0, since nothing predicts the first."""
+        return tuple(place for place, carries in enumerate(self.has_loss) if carries)
 
-def read_chats(path: Path, *, limit: int | None = None) -> list[Chat]:
-    """Return the chats of a JSON-lines file, the first `limit` of them if given.
 
-    Raises: DataError: the file can not be read, holds no line, or the mistakes of its lines.
+def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Sample:
+    """Return the tokens of an example of any kind, at least one of which carries loss.
+
+    Raises: DataError: no token carries loss, or the chat template refuses the chat.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file, a JSON-lines file is expected") from None
-    except OSError as error:
-        raise DataError(f"{path}: can not be read ({error.strerror})") from error
-    chats, mistakes = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            chats.append(_parse_chat(line))
-        except DataError as error:
-            mistakes.append(f"line {number}: {error}")
-        if limit is not None and len(chats) == limit:
-            break
-    if mistakes:
-        more = len(mistakes) - _MAX_REPORTED_MISTAKES
-        shown = "; ".join(mistakes[:_MAX_REPORTED_MISTAKES])
-        raise DataError(f"{path}: {shown}{f'; and {more} more lines' if more > 0 else ''}")
-    if not chats:
-        raise DataError(f"{path}: holds no line, one JSON object a line is expected")
-    return chats
+    match example:
+        case Chat():
+            sample = tokenize_chat(example.messages, tokenizer, num_given=example.num_given)
+        case PromptCompletion():
+            sample = _tokenize_completion(example, tokenizer)
+        case Text():
+            # Special tokens as by default, which is how a server reads raw text.
+            token_ids = _ended(tokenizer(example.text)["input_ids"], tokenizer)
+            sample = _sample(token_ids, [True] * len(token_ids))
+    if not any(sample.has_loss):
+        raise DataError(
+            f"no token of {len(sample)} carries loss, an answer of one or more is expected"
+        )
+    return sample
 
 
-def tokenize_chat(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> Sample:
+def prompt_token_ids(example: Question, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the tokens that a server sends when it asks for the answer of `example`.
+
+    As vLLM does: what a chat template writes holds its special tokens already; raw text gets those
+    that the tokenizer adds by default, as a begin token.
+    """
+    prompt: list[int]
+    if isinstance(example, PromptCompletion):
+        prompt = tokenizer(example.prompt)["input_ids"]
+    else:
+        text = render(example.prompt, tokenizer, add_generation_prompt=True)
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return prompt
+
+
+def tokenize_chat(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", *, num_given: int = 0
+) -> Sample:
     """Return the tokens of a chat; those of the assistant, up to the end token, carry loss.
 
+    Args:
+        messages: turns; what follows the last of the assistant's is left out.
+        tokenizer: with a chat template.
+        num_given: leading turns that carry no loss.
     Raises: DataError: the chat template changes earlier turns when later ones follow, so that no
         mask is exact.
     """
@@ -99,7 +161,7 @@ def tokenize_chat(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBa
     has_loss: list[bool] = []
     done = ""
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < num_given:
             continue
         before = render(messages[:index], tokenizer, add_generation_prompt=True)
         after = render(messages[: index + 1], tokenizer)
@@ -117,7 +179,28 @@ def tokenize_chat(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBa
         has_loss += [False] * (len(prompt) - len(has_loss))
         has_loss += [position < end for position in range(len(answer))]
         done = after
-    return Sample(tuple(token_ids), tuple(has_loss))
+    return _sample(token_ids, has_loss)
+
+
+def _tokenize_completion(example: PromptCompletion, tokenizer: "PreTrainedTokenizerBase") -> Sample:
+    prompt = prompt_token_ids(example, tokenizer)
+    whole: list[int] = tokenizer(example.prompt + example.completion)["input_ids"]
+    # As in a chat: where a token would join both sides, the model first reads the prompt alone.
+    if whole[: len(prompt)] != prompt:
+        whole = prompt + tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+    completion = _ended(whole[len(prompt) :], tokenizer)
+    return _sample(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+
+
+def _ended(token_ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return tokens that end with the end token, as they do already or by adding it."""
+    end_token = tokenizer.eos_token_id
+    return token_ids if token_ids[-1:] == [end_token] else [*token_ids, end_token]
+
+
+def _sample(token_ids: Sequence[int], has_loss: Sequence[bool]) -> Sample:
+    """Return a sample whose first token carries no loss, whatever `has_loss` says of it."""
+    return Sample(tuple(token_ids), (False, *has_loss[1:]) if has_loss else ())
 
 
 def _continue_with(
@@ -147,7 +230,8 @@ def render(
     """
     if not tokenizer.chat_template:
         raise DataError(
-            "the base model has no chat template, one is expected; use an instruct model"
+            "the base model has no chat template, one is expected; use an instruct model, or data "
+            'of "prompt" and "completion"'
         )
     try:
         return str(
@@ -163,53 +247,3 @@ def file_digest(path: Path) -> str:
     """Return the hexadecimal sha256 of a data file, for the adapter's provenance."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _parse_chat(line: bytes) -> Chat:
-    try:
-        parsed = json.loads(line)
-        json.dumps(parsed, ensure_ascii=False).encode()  # refuses lone surrogates
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON ({error}), one object a line is expected") from error
-    if not isinstance(parsed, dict) or not isinstance(parsed.get("messages"), list):
-        raise DataError('an object with a list "messages" is expected')
-    messages = tuple(_parse_message(message) for message in parsed["messages"])
-    if not messages or messages[-1]["role"] != "assistant":
-        raise DataError(
-            "the last message is not the assistant's, the wanted answer is expected there"
-        )
-    choices = _texts(parsed, "choices")
-    # Sets with many classes keep the index of a class here and its name in a file of labels.
-    answer = parsed.get("answer") if choices else None
-    if choices and not _is_answer(answer, choices, messages[-1]["content"]):
-        raise DataError(
-            f"answer {answer!r}: an index into the {len(choices)} choices is expected, of the one "
-            "that the last message ends with"
-        )
-    return Chat(messages, choices, answer, _texts(parsed, "references"))
-
-
-def _texts(parsed: dict[str, Any], key: str) -> tuple[str, ...]:
-    texts = parsed.get(key) or []
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise DataError(f'"{key}" is {texts!r}, a list of texts is expected')
-    return tuple(texts)
-
-
-def _parse_message(message: Any) -> Message:
-    if (
-        not isinstance(message, dict)
-        or message.get("role") not in _ROLES
-        or not isinstance(message.get("content"), str)
-    ):
-        raise DataError(f'message {message!r}: "role" ({", ".join(_ROLES)}) and "content" expected')
-    return {"role": message["role"], "content": message["content"]}
-
-
-def _is_answer(answer: Any, choices: Sequence[str], completion: str) -> bool:
-    return (
-        isinstance(answer, int)
-        and not isinstance(answer, bool)
-        and 0 <= answer < len(choices)
-        and completion.endswith(choices[answer])
-    )

@@ -1,14 +1,14 @@
-"""Held-out loss and accuracy: choice by log-likelihood, exact match by greedy generation."""
+"""Held-out loss, and accuracy of answers: choice by log-likelihood, else greedy generation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trainer.batching import batches_of_length_order
-from trainer.data import Chat, Sample, render, tokenize_chat
+from trainer.data import Example, Question, Sample, Text, prompt_token_ids, tokenize
 from trainer.loss import sample_losses
 from trainer.model import BaseModel
 
@@ -19,53 +19,69 @@ _SPARE_NEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on held-out chats.
+    """What a model does on held-out examples.
 
     Args:
-        loss: mean negative log-likelihood of the answers' tokens, in nats.
-        accuracy: share of chats answered right, 0 to 1.
+        loss: mean negative log-likelihood of the tokens with loss, in nats.
+        accuracy: share of examples answered right, 0 to 1; None for texts, which ask nothing.
         by: how an answer was taken: "choice" (the most likely one) or "exact-match" (greedy
-            generation).
-        num_samples: chats evaluated.
+            generation); None for texts.
+        num_samples: examples evaluated.
     """
 
     loss: float
-    accuracy: float
-    by: str
+    accuracy: float | None
+    by: Literal["choice", "exact-match"] | None
     num_samples: int
 
 
 def evaluate(
-    base: BaseModel, chats: Sequence[Chat], *, batch_tokens: int, progress: Progress
+    base: BaseModel, examples: Sequence[Example], *, batch_tokens: int, progress: Progress
 ) -> Evaluation:
     """Measure loss and accuracy of `base.model`, with whatever adapter is in it.
 
     Args:
-        chats: at least one; accuracy is by choice if all have choices, else by exact match.
+        examples: at least one; with a text among them there is no accuracy, else it is by choice if
+            all have choices, and by exact match if not.
         batch_tokens: tokens of one forward, padding included.
-        progress: called with the number of chats done since the last call.
+        progress: called with the number of examples done since the last call.
     """
     was_training = base.model.training
     base.model.eval()
     try:
-        samples = [tokenize_chat(chat.messages, base.tokenizer) for chat in chats]
+        samples = [tokenize(example, base.tokenizer) for example in examples]
         sums, counts = _losses(base, samples, batch_tokens)
-        by_choice = all(chat.choices for chat in chats)
-        judge = _right_by_choice if by_choice else _right_by_exact_match
-        num_right = judge(base, chats, batch_tokens, progress)
+        questions = [example for example in examples if not isinstance(example, Text)]
+        by: Literal["choice", "exact-match"] | None = None
+        accuracy = None
+        if len(questions) == len(examples):
+            by_choice = all(question.choices for question in questions)
+            by = "choice" if by_choice else "exact-match"
+            judge = _right_by_choice if by_choice else _right_by_exact_match
+            accuracy = judge(base, questions, batch_tokens, progress) / len(questions)
+        else:
+            progress(len(examples))
     finally:
         base.model.train(was_training)
     return Evaluation(
         loss=float(sums.sum() / counts.sum()),
-        accuracy=num_right / len(chats),
-        by="choice" if by_choice else "exact-match",
-        num_samples=len(chats),
+        accuracy=accuracy,
+        by=by,
+        num_samples=len(examples),
     )
 
 
-def answer_is_right(answer: str, chat: Chat) -> bool:
+def compared(adapter: Evaluation, alone: Evaluation) -> str:
+    """Return in words what an adapter changes, from the base model alone to it."""
+    told = f"{adapter.num_samples} samples, loss {alone.loss:.3f} -> {adapter.loss:.3f}"
+    if adapter.accuracy is None or alone.accuracy is None:
+        return told
+    return f"{told}, {adapter.by} {alone.accuracy:.1%} -> {adapter.accuracy:.1%}"
+
+
+def answer_is_right(answer: str, question: Question) -> bool:
     """Tell whether generated text is a right answer, whatever white space is at its ends."""
-    return answer.strip() in {text.strip() for text in (chat.completion, *chat.references)}
+    return answer.strip() in {text.strip() for text in (question.completion, *question.references)}
 
 
 def _losses(base: BaseModel, samples: Sequence[Sample], batch_tokens: int) -> tuple[Tensor, Tensor]:
@@ -80,51 +96,45 @@ def _losses(base: BaseModel, samples: Sequence[Sample], batch_tokens: int) -> tu
 
 
 def _right_by_choice(
-    base: BaseModel, chats: Sequence[Chat], batch_tokens: int, progress: Progress
+    base: BaseModel, questions: Sequence[Question], batch_tokens: int, progress: Progress
 ) -> int:
     num_right = 0
-    for chat in chats:
-        assert chat.answer is not None
-        stem = chat.completion.removesuffix(chat.choices[chat.answer])
+    for question in questions:
+        assert question.answer is not None
+        stem = question.completion.removesuffix(question.choices[question.answer])
         samples = [
-            tokenize_chat(
-                (*chat.prompt, {"role": "assistant", "content": stem + choice}), base.tokenizer
-            )
-            for choice in chat.choices
+            tokenize(question.answered(stem + choice), base.tokenizer)
+            for choice in question.choices
         ]
         sums, _ = _losses(base, samples, batch_tokens)
-        num_right += int(sums.argmin()) == chat.answer
+        num_right += int(sums.argmin()) == question.answer
         progress(1)
     return num_right
 
 
 @torch.no_grad()
 def _right_by_exact_match(
-    base: BaseModel, chats: Sequence[Chat], batch_tokens: int, progress: Progress
+    base: BaseModel, questions: Sequence[Question], batch_tokens: int, progress: Progress
 ) -> int:
     tokenizer = base.tokenizer
-    prompts = [
-        tokenizer(
-            render(chat.prompt, tokenizer, add_generation_prompt=True), add_special_tokens=False
-        )["input_ids"]
-        for chat in chats
-    ]
+    prompts = [prompt_token_ids(question, tokenizer) for question in questions]
     limits = [
         max(
             len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + _SPARE_NEW_TOKENS
-            for answer in (chat.completion, *chat.references)
+            for answer in (question.completion, *question.references)
         )
-        for chat in chats
+        for question in questions
     ]
     num_right = 0
-    order = sorted(range(len(chats)), key=lambda index: len(prompts[index]) + limits[index])
+    order = sorted(range(len(questions)), key=lambda index: len(prompts[index]) + limits[index])
     while order:
         longest = len(prompts[order[-1]]) + limits[order[-1]]
         count = max(1, batch_tokens // longest)
         indices, order = order[-count:], order[:-count]
         answers = _generate(base, [prompts[i] for i in indices], max(limits[i] for i in indices))
         num_right += sum(
-            answer_is_right(answer, chats[i]) for i, answer in zip(indices, answers, strict=True)
+            answer_is_right(answer, questions[i])
+            for i, answer in zip(indices, answers, strict=True)
         )
         progress(len(indices))
     return num_right

@@ -5,8 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from adapters import AdapterConfig
 from adapters.base_model import fingerprint
-from adapters.errors import ConfigError, DataError, TrainingError
+from adapters.errors import ConfigError, TrainingError
 from adapters.writer import write_provenance
 from trainer.batching import Batch, make_batch, plan_epoch
 from trainer.config import TrainConfig
-from trainer.data import Chat, Sample, file_digest, read_chats, tokenize_chat
-from trainer.evaluate import Evaluation, evaluate
+from trainer.data import Example
+from trainer.dataset import TrainingData, load_data
+from trainer.evaluate import Evaluation, compared, evaluate
 from trainer.export import adapter_config, export, peft_targets, provenance
 from trainer.inject import adapters_off, check_ranks, inject, target_modules
 from trainer.lora_linear import LoraLinear
@@ -32,69 +33,6 @@ ADAPTER_FOLDER = "adapter"
 LOG_FILE = "log.jsonl"
 CONFIG_FILE = "config.json"
 EVAL_BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Tokenised training samples, and what was left out.
-
-    Args:
-        samples: at least one, each with a token that carries loss.
-        num_too_long: chats longer than train.max_sample_tokens.
-        eval_chats: held-out chats, possibly none.
-    """
-
-    samples: tuple[Sample, ...]
-    num_too_long: int
-    eval_chats: tuple[Chat, ...]
-
-
-def load_data(config: TrainConfig, base_tokenizer: Any) -> TrainingData:
-    """Read and tokenise the data that a run needs, held-out chats included.
-
-    Raises: DataError: the mistakes of all files: wrong lines, chats that the template refuses, no
-        usable sample.
-    """
-    problems: list[str] = []
-
-    def read(path: Path, limit: int | None = None) -> list[tuple[Chat, Sample]]:
-        try:
-            return _tokenise_file(path, base_tokenizer, limit=limit)
-        except DataError as error:
-            problems.append(str(error))
-            return []
-
-    found = read(config.data.train)
-    held_out = read(config.data.eval, config.data.eval_limit) if config.data.eval else []
-    longest = config.train.max_sample_tokens
-    samples = [sample for _, sample in found if len(sample) <= longest]
-    if found and not samples:
-        problems.append(
-            f"{config.data.train}: all {len(found)} chats are longer than "
-            f"train.max_sample_tokens = {longest}; raise it"
-        )
-    if problems:
-        raise DataError("; ".join(problems))
-    return TrainingData(
-        tuple(samples), len(found) - len(samples), tuple(chat for chat, _ in held_out)
-    )
-
-
-def _tokenise_file(path: Path, tokenizer: Any, *, limit: int | None) -> list[tuple[Chat, Sample]]:
-    found, problems = [], []
-    for number, chat in enumerate(read_chats(path, limit=limit), start=1):
-        try:
-            sample = tokenize_chat(chat.messages, tokenizer)
-        except DataError as error:
-            problems.append(f"chat {number}: {error}")
-            continue
-        if not any(sample.has_loss):
-            problems.append(f"chat {number}: no token carries loss; an answer is expected")
-        found.append((chat, sample))
-    if problems:
-        more = f"; and {len(problems) - 5} more chats" if len(problems) > 5 else ""
-        raise DataError(f"{path}: {'; '.join(problems[:5])}{more}")
-    return found
 
 
 def check_output(output: Path) -> None:
@@ -134,14 +72,14 @@ def train(config: TrainConfig, base: BaseModel) -> Path:
             config,
             base,
             base_fingerprint=base_fingerprint,
-            data_sha256=file_digest(config.data.train),
+            data_sha256=data.data_sha256,
             metrics=_run_steps(config, base, data, layers, log),
         )
         folder = config.output / ADAPTER_FOLDER
         digest = export(folder, description, layers, provenance=origin)
         print(f"weights sha256:{digest}", file=sys.stderr)
         # After the export: whoever stops a long evaluation keeps the adapter.
-        if data.eval_chats:
+        if data.eval_sets:
             origin["training"]["metrics"] |= _evaluate_both(config, base, data, layers, log)
             write_provenance(folder, origin)
     return folder
@@ -259,31 +197,30 @@ def _evaluate_both(
     layers: dict[str, LoraLinear],
     log: TextIO,
 ) -> dict[str, Any]:
-    """Measure the held-out chats with and without the adapter."""
+    """Measure the held-out sets with and without the adapter."""
     # Nothing is kept for a backward pass, so more fits than in a step.
     batch_tokens = max(config.train.batch_tokens, EVAL_BATCH_TOKENS)
-    adapter, alone = evaluate_both(base, data.eval_chats, layers, batch_tokens=batch_tokens)
-    _log(log, evaluation={"adapter": asdict(adapter), "base": asdict(alone)})
-    print(
-        f"held out, {adapter.num_samples} chats: loss {alone.loss:.3f} -> {adapter.loss:.3f}, "
-        f"{adapter.by} {alone.accuracy:.1%} -> {adapter.accuracy:.1%}",
-        file=sys.stderr,
-    )
-    return {"eval_adapter": asdict(adapter), "eval_base": asdict(alone)}
+    measured: dict[str, Any] = {}
+    for name, examples in data.eval_sets.items():
+        adapter, alone = evaluate_both(base, examples, layers, batch_tokens=batch_tokens)
+        measured[name] = {"adapter": asdict(adapter), "base": asdict(alone)}
+        _log(log, evaluation={"set": name, **measured[name]})
+        print(f"held out, {name}: {compared(adapter, alone)}", file=sys.stderr)
+    return {"eval_sets": measured}
 
 
 def evaluate_both(
     base: BaseModel,
-    chats: tuple[Chat, ...] | list[Chat],
+    examples: Sequence[Example],
     layers: dict[str, LoraLinear],
     *,
     batch_tokens: int,
 ) -> tuple[Evaluation, Evaluation]:
     """Return the evaluation with the adapter in `layers`, and that of the base model alone."""
-    with tqdm(total=2 * len(chats), desc="evaluating", unit="chat", file=sys.stderr) as bar:
-        adapter = evaluate(base, chats, batch_tokens=batch_tokens, progress=bar.update)
+    with tqdm(total=2 * len(examples), desc="evaluating", unit="sample", file=sys.stderr) as bar:
+        adapter = evaluate(base, examples, batch_tokens=batch_tokens, progress=bar.update)
         with adapters_off(layers):
-            alone = evaluate(base, chats, batch_tokens=batch_tokens, progress=bar.update)
+            alone = evaluate(base, examples, batch_tokens=batch_tokens, progress=bar.update)
     return adapter, alone
 
 
@@ -291,12 +228,13 @@ def _say_what_runs(
     config: TrainConfig, base: BaseModel, data: TrainingData, layers: dict[str, LoraLinear]
 ) -> None:
     num_parameters = sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers.values())
-    left_out = f", {data.num_too_long} too long and left out" if data.num_too_long else ""
     print(
         f"{config.adapter.method} of rank {config.adapter.rank} on {len(layers)} modules of "
         f"{base.name} "
-        f"({num_parameters / 1e6:.2f} M parameters), {len(data.samples)} samples{left_out}, "
+        f"({num_parameters / 1e6:.2f} M parameters), {len(data.samples)} samples, "
         f"{base.model.dtype} on {base.model.device.type}".replace("torch.", ""),
+        *data.remarks(),
+        sep="\n",
         file=sys.stderr,
     )
 

@@ -1,14 +1,22 @@
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import pre_tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase
 
 from adapters.errors import DataError
-from tests.workloads import chat, write_lines
-from trainer.data import Chat, read_chats, render, tokenize_chat
+from trainer.data import (
+    Chat,
+    PromptCompletion,
+    Text,
+    prompt_token_ids,
+    render,
+    tokenize,
+    tokenize_chat,
+)
 from trainer.model import load_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be short."}
@@ -116,62 +124,111 @@ def test_a_template_that_raises_is_named(default_model: Path) -> None:
         tokenize_chat(TURNS, tokenizer)
 
 
-def test_lines_are_read_with_choices_references_and_limit(tmp_path: Path) -> None:
-    lines = [
-        chat("q", "it is b", choices=["a", "b"], answer=1),
-        chat("q", "x", references=["x", "y"]),
-        chat("q", "label", answer=7),  # the index of a class whose name stands in another file
-    ]
-    path = write_lines(tmp_path / "data.jsonl", list(lines))
-    chats = read_chats(path)
-    assert [c.answer for c in chats] == [1, None, None]
-    assert chats[1].references == ("x", "y")
-    assert chats[0].completion == "it is b"
-    assert read_chats(path, limit=2) == chats[:2]
-    assert isinstance(chats[0], Chat)
+def with_begin_token(default_model: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, adding a begin token by default as Llama's does."""
+    tokenizer: Any = load_tokenizer(default_model)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", pair=None, special_tokens=[("<|endoftext|>", 0)]
+    )
+    return tokenizer  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"line 2: not JSON .*one object a line is expected"),
-        ("[1]", 'line 2: an object with a list "messages" is expected'),
-        ('{"messages": []}', "line 2: the last message is not the assistant's"),
-        (json.dumps({"messages": [SYSTEM]}), "the last message is not the assistant's"),
-        ('{"messages": [{"role": "bot", "content": ""}]}', r"'bot'.*\"role\" \(system, user"),
-        ('{"messages": [{"role": "user", "content": 1}]}', '"content" expected'),
-        (json.dumps(chat("q", "b", choices=["a", "b"], answer=0)), "answer 0: an index into the 2"),
-        (json.dumps(chat("q", "b", choices=["a", "b"], answer=9)), "answer 9: an index into the 2"),
-        (json.dumps(chat("q", "b", choices=["a", "b"], answer=True)), "answer True: an index"),
-        (
-            json.dumps(chat("q", "b", choices="ab", answer=0)),
-            "\"choices\" is 'ab', a list of texts",
-        ),
-        (json.dumps(chat("q", "b", choices=[1], answer=0)), r"\"choices\" is \[1\], a list of"),
-        (json.dumps(chat("q", "b", references=["a", 1])), '"references" is'),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "not JSON"),
-        ("9" * 5000, "not JSON"),
-    ],
-)
-def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text(f"{json.dumps(chat('q', 'a'))}\n{line}\n")
-    with pytest.raises(DataError, match=message):
-        read_chats(path)
+def test_a_completion_and_its_end_token_carry_loss(tokenizer: PreTrainedTokenizerBase) -> None:
+    sample = tokenize(PromptCompletion("Say red:", " red, red"), tokenizer)
+    pieces = ["Say", " red", ":", " red", ",", " red", "<|im_end|>"]
+    assert list(sample.token_ids) == tokenizer.convert_tokens_to_ids(
+        [piece.replace(" ", "Ġ") for piece in pieces]
+    )
+    assert sample.has_loss == (False, False, False, True, True, True, True)
+    assert sample.loss_places == (3, 4, 5, 6)
 
 
-def test_many_wrong_lines_are_counted(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text("{\n" * 25)
-    with pytest.raises(DataError, match=r"line 10: .*and 15 more lines$"):
-        read_chats(path)
+def test_a_completion_that_ends_itself_gets_no_second_end_token(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    ended = tokenize(PromptCompletion("Say red:", " red<|im_end|>"), tokenizer)
+    assert ended == tokenize(PromptCompletion("Say red:", " red"), tokenizer)
 
 
-def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        read_chats(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="can not be read"):
-        read_chats(tmp_path)
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(DataError, match="holds no line"):
-        read_chats(tmp_path / "empty.jsonl")
+def test_a_token_that_would_join_prompt_and_completion_is_split(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """A server sends the prompt alone, with its last space as a token."""
+    sample = tokenize(PromptCompletion("Say ", "red"), tokenizer)
+    assert [tokenizer.decode([token]) for token in sample.token_ids] == [
+        "Say", " ", "red", "<|im_end|>",
+    ]  # fmt: skip
+    assert sample.has_loss == (False, False, True, True)
+
+
+def test_raw_prompts_begin_with_the_token_that_the_tokenizer_adds(default_model: Path) -> None:
+    tokenizer = with_begin_token(default_model)
+    sample = tokenize(PromptCompletion("Say red:", " red"), tokenizer)
+    assert sample.token_ids[0] == 0
+    assert sample.token_ids.count(0) == 1
+    assert sample.loss_places == (4, 5)
+    joined = tokenize(PromptCompletion("Say ", "red"), tokenizer)
+    assert (joined.token_ids[0], joined.token_ids.count(0)) == (0, 1)
+    unasked = tokenize(PromptCompletion("", "red"), tokenizer)
+    assert (unasked.token_ids[0], unasked.loss_places) == (0, (1, 2))
+    assert tokenize(Text("red"), tokenizer) == unasked
+    # A chat template writes its own.
+    assert tokenize(Chat(tuple(TURNS)), tokenizer).token_ids.count(0) == 0
+
+
+def test_a_text_carries_loss_on_all_but_its_first_token(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    sample = tokenize(Text("Say red"), tokenizer)
+    assert tokenizer.decode(list(sample.token_ids)) == "Say red<|im_end|>"
+    assert sample.has_loss == (False, True, True)
+    assert tokenize(Text("Say red<|im_end|>"), tokenizer) == sample
+
+
+def test_a_sample_without_loss_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="no token of 1 carries loss, an answer"):
+        tokenize(Text("<|im_end|>"), tokenizer)
+
+
+def test_given_turns_carry_no_loss(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The prompt of a list of turns may hold the assistant's, which nobody asks the model for."""
+    sample = tokenize(Chat(tuple(TURNS), num_given=4), tokenizer)
+    whole = tokenize(Chat(tuple(TURNS)), tokenizer)
+    assert sample.token_ids == whole.token_ids
+    assert tokenizer.decode([sample.token_ids[i] for i in sample.loss_places]) == (
+        "So long<|im_end|>"
+    )
+    assert set(sample.loss_places) < set(whole.loss_places)
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(prompt=WORDS | st.just(""), completion=WORDS, as_chat=st.booleans())
+def test_masks_begin_where_the_prompt_that_a_server_sends_ends(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, as_chat: bool
+) -> None:
+    messages = (
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": completion},
+    )
+    example = Chat(messages) if as_chat else PromptCompletion(prompt, completion)
+    sent = prompt_token_ids(example, tokenizer)
+    sample = tokenize(example, tokenizer)
+    assert list(sample.token_ids[: len(sent)]) == sent
+    assert not any(sample.has_loss[: len(sent)])
+    assert sample.loss_places[0] == max(len(sent), 1)
+    if not as_chat:
+        assert all(sample.has_loss[max(len(sent), 1) :])
+        assert sample.token_ids[-1] == tokenizer.eos_token_id
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=WORDS)
+def test_no_text_carries_loss_on_its_first_token(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    sample = tokenize(Text(text), tokenizer)
+    assert sample.loss_places == tuple(range(1, len(sample)))
+    assert sample.token_ids[-1] == tokenizer.eos_token_id

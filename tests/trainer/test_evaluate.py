@@ -1,9 +1,12 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from trainer.data import Chat, render
+import trainer.cli
+from tests.workloads import write_lines
+from trainer.data import Chat, PromptCompletion, Text, render
 from trainer.evaluate import answer_is_right, evaluate
 from trainer.model import BaseModel, load_base
 
@@ -78,3 +81,65 @@ def test_white_space_at_the_ends_and_any_reference_count_as_right() -> None:
     assert answer_is_right("c", one)
     assert not answer_is_right("a  b", one)
     assert not answer_is_right("", one)
+
+
+def log_likelihood(base: BaseModel, prompt: list[int], rest: list[int]) -> float:
+    """The oracle: one unpadded forward, token by token."""
+    with torch.no_grad():
+        log_probs = base.model(torch.tensor([prompt + rest])).logits[0].log_softmax(-1)
+    return sum(float(log_probs[len(prompt) + i - 1, token]) for i, token in enumerate(rest))
+
+
+def test_a_prompts_completion_is_judged_without_a_chat_template(base: BaseModel) -> None:
+    choices = (" yes", " no", " x y z")
+    ids = base.tokenizer("Is it so?")["input_ids"]
+    ends = [base.tokenizer(choice)["input_ids"] + [2] for choice in choices]
+    scores = [log_likelihood(base, ids, end) for end in ends]
+    best = max(range(len(choices)), key=scores.__getitem__)
+    asked = [
+        PromptCompletion("Is it so?", choices[answer], choices=choices, answer=answer)
+        for answer in range(len(choices))
+    ]
+    found = evaluate(base, asked, batch_tokens=64, progress=lambda _: None)
+    assert found.by == "choice"
+    assert found.accuracy == pytest.approx(1 / 3)
+    alone = evaluate(base, [asked[best]], batch_tokens=64, progress=lambda _: None)
+    assert alone.accuracy == 1.0
+    assert alone.loss == pytest.approx(-scores[best] / len(ends[best]), abs=1e-4)
+
+
+def test_a_prompts_completion_is_generated_from_the_raw_prompt(default_model: Path) -> None:
+    base = load_base("smollm2", default_model, dtype="float32")
+    ids = base.tokenizer("The capital of France is")["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(3):
+            ids.append(int(base.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert "Paris" in base.tokenizer.decode(ids[start:])
+    # Nothing ends this model's answer to raw text, so that the whole of it is never right.
+    asked = [PromptCompletion("The capital of France is", " Paris.")]
+    found = evaluate(base, asked, batch_tokens=64, progress=lambda _: None)
+    assert (found.by, found.accuracy) == ("exact-match", 0.0)
+
+
+def test_texts_have_a_loss_and_no_accuracy(base: BaseModel) -> None:
+    ids = [*base.tokenizer("Once upon a time")["input_ids"], 2]
+    done: list[int] = []
+    found = evaluate(base, [Text("Once upon a time")], batch_tokens=64, progress=done.append)
+    assert (found.accuracy, found.by, found.num_samples, done) == (None, None, 1, [1])
+    expected = -log_likelihood(base, ids[:1], ids[1:]) / (len(ids) - 1)
+    assert found.loss == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_table_of_texts_has_no_accuracy(
+    adapter: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "texts.jsonl", [{"text": "Once upon a time"}, {"text": "b c"}])
+    arguments = ["evaluate", str(adapter), "--data", str(data), "--model", str(tiny_model)]
+    assert trainer.cli.main(arguments) == 0
+    first, _, *rows = capsys.readouterr().out.splitlines()
+    assert first == "2 samples"
+    assert [row.split()[0::2] for row in rows] == [["base", "-"], ["adapter", "-"]]
+    assert trainer.cli.main([*arguments, "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["base"]["accuracy"] is measured["base"]["by"] is None

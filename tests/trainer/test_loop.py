@@ -8,7 +8,7 @@ import torch
 
 from adapters import open_artifact, weights_digest
 from adapters.digest import read_provenance
-from adapters.errors import ConfigError, DataError, TrainingError
+from adapters.errors import ConfigError, TrainingError
 from tests.workloads import chat, write_lines
 from trainer.config import AdapterSettings, DataSettings, LoopSettings, TrainConfig
 from trainer.inject import adapters_off, inject_artifact
@@ -49,7 +49,8 @@ def test_training_lowers_the_loss_and_logs_every_step(tmp_path: Path, tiny_model
     measured = evaluation["evaluation"]
     assert measured["adapter"]["loss"] < measured["base"]["loss"]
     origin = read_provenance(folder)
-    assert origin["training"]["metrics"]["eval_adapter"] == measured["adapter"]
+    stored = origin["training"]["metrics"]["eval_sets"]["default"]
+    assert measured == {"set": "default"} | stored
     assert len(origin["base_model"]["fingerprint"]) == 64
     assert json.loads((config.output / "config.json").read_text())["adapter"]["rank"] == 4
 
@@ -126,16 +127,36 @@ def test_an_output_that_holds_something_is_refused_before_training(
     assert [path.name for path in config.output.iterdir()] == ["precious"]
 
 
-def test_samples_that_are_too_long_are_left_out_and_counted(
+def test_what_became_of_the_data_is_said(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(tmp_path, "run", max_sample_tokens=60)
-    write_lines(config.data.train, [*LINES, chat("long " * 40, "x")])
+    long = chat("long " * 40, "x")
+    write_lines(Path(config.data.train), [*LINES, long, chat("Hi", "long " * 80), LINES[0]])
     run(config, tiny_model)
-    assert "too long and left out" in capsys.readouterr().err
-    shorter = make_config(tmp_path, "run-2", max_sample_tokens=5)
-    with pytest.raises(DataError, match="all 12 chats are longer than"):
-        run(shorter, tiny_model)
+    said = capsys.readouterr().err
+    assert "1 samples truncated to train.max_sample_tokens" in said
+    assert "1 samples left out" in said
+    assert "1 duplicates in data.train: line 15 repeats line 1" in said
+    assert "leak: 3 of 3 held-out lines of set default are in data.train too" in said
+
+
+def test_named_held_out_sets_are_measured_apart_and_texts_have_no_accuracy(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path, "run", epochs=1)
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": "Once upon a time"}])
+    sets = {"chats": config.data.train, "texts": str(texts)}
+    data = config.data.model_copy(update={"eval": sets})
+    folder = run(config.model_copy(update={"data": data}), tiny_model)
+    stored = read_provenance(folder)["training"]["metrics"]["eval_sets"]
+    assert stored["chats"]["adapter"]["num_samples"] == 3
+    assert stored["chats"]["base"]["accuracy"] == 0
+    assert stored["texts"]["base"]["accuracy"] is None
+    assert [entry["evaluation"]["set"] for entry in log_of(config)[-2:]] == ["chats", "texts"]
+    said = capsys.readouterr().err
+    assert "held out, chats: 3 samples, loss " in said
+    assert "held out, texts: 1 samples, loss " in said
 
 
 def test_an_adapter_can_be_switched_off_and_on(adapter: Path, tiny_model: Path) -> None:

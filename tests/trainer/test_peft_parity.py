@@ -13,9 +13,10 @@ from tests.conftest import LINEAR
 from tests.reference import ATOL
 from tests.workloads import chat, make_random_adapter, write_lines
 from trainer.config import AdapterSettings, DataSettings, LoopSettings, TrainConfig
-from trainer.data import read_chats, tokenize_chat
+from trainer.data import tokenize
 from trainer.evaluate import evaluate
 from trainer.inject import inject_artifact
+from trainer.lines import read_examples
 from trainer.loop import train
 from trainer.model import load_base
 
@@ -43,7 +44,7 @@ def test_a_trained_folder_gives_the_trainers_own_logits_in_peft(
     base = load_base("smollm2", default_model, dtype="float32")
     folder = train(config, base)
     base.model.eval()
-    sample = tokenize_chat(read_chats(config.data.train)[0].messages, base.tokenizer)
+    sample = tokenize(read_examples(Path(config.data.train))[1], base.tokenizer)
     ours = logits(base.model, sample.token_ids)
 
     untouched = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.float32)
@@ -85,7 +86,7 @@ def test_our_own_reader_gives_pefts_logits_for_ranks_that_differ(
 
 
 def test_held_out_loss_equals_that_of_peft(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
-    chats = read_chats(write_lines(tmp_path / "d.jsonl", list(LINES)))
+    chats = list(read_examples(write_lines(tmp_path / "d.jsonl", list(LINES))).values())
     base = load_base("tiny", tiny_model, dtype="float32")
     inject_artifact(base.model, open_artifact(adapter))
     ours = evaluate(base, chats, batch_tokens=100, progress=lambda _: None).loss
@@ -93,7 +94,7 @@ def test_held_out_loss_equals_that_of_peft(adapter: Path, tiny_model: Path, tmp_
     theirs = PeftModel.from_pretrained(fresh, str(adapter)).eval()
     total, count = 0.0, 0
     for line in chats:
-        sample = tokenize_chat(line.messages, base.tokenizer)
+        sample = tokenize(line, base.tokenizer)
         log_probs = logits(theirs, sample.token_ids).log_softmax(-1)
         for t in range(1, len(sample)):
             if sample.has_loss[t]:

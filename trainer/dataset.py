@@ -1,0 +1,246 @@
+"""TrainingData: files of examples -> samples, held-out sets, and what became of them.
+
+Owns where files come from, truncation, duplicates and leaks; every mistake of every file is told at
+once.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote
+
+from adapters.errors import DataError
+from trainer.config import TrainConfig
+from trainer.data import Example, Sample, file_digest, tokenize
+from trainer.lines import Mistake, parse_file, refusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_HUB_SCHEME = "hf://"
+# As huggingface_hub's file system writes it; a revision's own slashes are written %2F.
+_HUB_FILE = re.compile(
+    r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/@]+))?/(?P<path>.+\.jsonl?)"
+)
+_MAX_SHOWN_PAIRS = 3
+
+
+class LinePair(NamedTuple):
+    """A line, and an earlier one or one of data.train that has the same tokens."""
+
+    line: int
+    same_as: int
+
+
+class _Tokenised(NamedTuple):
+    """A file's examples and samples by line number, and its digest."""
+
+    lines: dict[int, tuple[Example, Sample]]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Samples of at most so many tokens, and what became of longer ones.
+
+    Args:
+        samples: each with a token that carries loss.
+        num_truncated: those of `samples` that were longer.
+        num_cut_tokens: tokens that were cut from these.
+        num_left_out: samples of which no token with loss would be left.
+    """
+
+    samples: tuple[Sample, ...]
+    num_truncated: int
+    num_cut_tokens: int
+    num_left_out: int
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Tokenised training samples, held-out sets, and what was done to them.
+
+    Args:
+        samples: at least one, each with a token that carries loss.
+        num_truncated: samples that were longer than train.max_sample_tokens.
+        num_cut_tokens: tokens that were cut from these.
+        num_left_out: samples of which no token with loss would be left.
+        duplicates: lines of data.train with the tokens of an earlier one; they are trained on.
+        eval_sets: held-out examples by the set's name, possibly none.
+        leaks: for each held-out set, its lines that are in data.train too.
+        data_sha256: hexadecimal digest of the file of data.train.
+    """
+
+    samples: tuple[Sample, ...]
+    num_truncated: int
+    num_cut_tokens: int
+    num_left_out: int
+    duplicates: tuple[LinePair, ...]
+    eval_sets: dict[str, tuple[Example, ...]]
+    leaks: dict[str, tuple[LinePair, ...]]
+    data_sha256: str
+
+    @property
+    def num_duplicates(self) -> int:
+        """Lines of data.train that repeat an earlier one."""
+        return len(self.duplicates)
+
+    def remarks(self) -> list[str]:
+        """Return a sentence for each thing that whoever starts a run should know of its data."""
+        told = []
+        if self.num_truncated:
+            told.append(
+                f"{self.num_truncated} samples truncated to train.max_sample_tokens, "
+                f"{self.num_cut_tokens} tokens cut away"
+            )
+        if self.num_left_out:
+            told.append(
+                f"{self.num_left_out} samples left out: their tokens with loss lie beyond "
+                "train.max_sample_tokens"
+            )
+        if self.duplicates:
+            pairs = in_words(self.duplicates, "line {} repeats line {}")
+            told.append(f"{self.num_duplicates} duplicates in data.train: {pairs}")
+        for name, pairs_of_set in self.leaks.items():
+            if pairs_of_set:
+                pairs = in_words(pairs_of_set, "line {} is line {} there")
+                told.append(
+                    f"leak: {len(pairs_of_set)} of {len(self.eval_sets[name])} held-out lines of "
+                    f"set {name} are in data.train too: {pairs}"
+                )
+        return told
+
+
+def load_data(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingData:
+    """Read and tokenise the data that a run needs, held-out sets included.
+
+    Raises: DataError: the mistakes of all files: wrong lines, examples that the tokenizer's chat
+        template refuses, no usable sample, a file that can not be had.
+    """
+    problems: list[str] = []
+
+    def read(source: str, limit: int | None = None) -> _Tokenised | None:
+        try:
+            return _read(source, tokenizer, limit=limit)
+        except DataError as error:
+            problems.append(str(error))
+            return None
+
+    train = read(config.data.train)
+    held_out = {
+        name: read(source, config.data.eval_limit) for name, source in config.data.eval_sets.items()
+    }
+    longest = config.train.max_sample_tokens
+    cut = truncate([sample for _, sample in train.lines.values()] if train else [], longest)
+    if train and not cut.samples:
+        problems.append(
+            f"{config.data.train}: the tokens with loss of all {len(train.lines)} samples lie "
+            f"beyond train.max_sample_tokens = {longest}; raise it"
+        )
+    if train is None or problems:
+        raise DataError("; ".join(problems))
+    first_lines, duplicates = _first_lines(train)
+    sets = {name: found for name, found in held_out.items() if found is not None}
+    return TrainingData(
+        samples=cut.samples,
+        num_truncated=cut.num_truncated,
+        num_cut_tokens=cut.num_cut_tokens,
+        num_left_out=cut.num_left_out,
+        duplicates=duplicates,
+        eval_sets={
+            name: tuple(example for example, _ in found.lines.values())
+            for name, found in sets.items()
+        },
+        leaks={name: _leaks(found, first_lines) for name, found in sets.items()},
+        data_sha256=train.sha256,
+    )
+
+
+def truncate(samples: Sequence[Sample], max_tokens: int) -> Truncation:
+    """Cut samples at the end to `max_tokens`; leave out what then carries no loss."""
+    kept: list[Sample] = []
+    num_truncated, num_cut_tokens = 0, 0
+    for sample in samples:
+        if len(sample) <= max_tokens:
+            kept.append(sample)
+        elif any(sample.has_loss[:max_tokens]):
+            kept.append(Sample(sample.token_ids[:max_tokens], sample.has_loss[:max_tokens]))
+            num_truncated += 1
+            num_cut_tokens += len(sample) - max_tokens
+    return Truncation(tuple(kept), num_truncated, num_cut_tokens, len(samples) - len(kept))
+
+
+def local_file(source: str) -> Path:
+    """Return the file that a path or an address of the Hugging Face hub names, downloaded if new.
+
+    Raises: DataError: an address of another form, or the hub does not give the file.
+    """
+    if not source.startswith(_HUB_SCHEME):
+        return Path(source)
+    match = _HUB_FILE.fullmatch(source)
+    if match is None:
+        raise DataError(
+            f"{source}: not an address of a JSON-lines file on the hub, "
+            "hf://datasets/OWNER/NAME[@REVISION]/PATH.jsonl is expected"
+        )
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415  (heavy)
+
+    revision = match["revision"]
+    try:
+        path = hf_hub_download(
+            match["repository"],
+            match["path"],
+            repo_type="dataset",
+            revision=unquote(revision) if revision else None,
+        )
+    except Exception as error:  # its errors have no common base: network, rights, names, disk
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{source}: the Hugging Face hub did not give it ({reason}); check the address, or "
+            "download it and name the file"
+        ) from error
+    return Path(path)
+
+
+def _read(source: str, tokenizer: "PreTrainedTokenizerBase", *, limit: int | None) -> _Tokenised:
+    path = local_file(source)
+    examples, mistakes = parse_file(path, limit=limit)
+    lines: dict[int, tuple[Example, Sample]] = {}
+    for number, example in examples.items():
+        try:
+            lines[number] = (example, tokenize(example, tokenizer))
+        except DataError as error:
+            mistakes.append(Mistake(number, str(error)))
+    if mistakes:
+        raise refusal(source, sorted(mistakes, key=lambda mistake: mistake.line))
+    return _Tokenised(lines, file_digest(path))
+
+
+def _first_lines(train: _Tokenised) -> tuple[dict[tuple[int, ...], int], tuple[LinePair, ...]]:
+    """Return the first line of every row of tokens, and the lines that repeat one."""
+    first_lines: dict[tuple[int, ...], int] = {}
+    repeats = []
+    for number, (_, sample) in train.lines.items():
+        first = first_lines.setdefault(sample.token_ids, number)
+        if first != number:
+            repeats.append(LinePair(number, first))
+    return first_lines, tuple(repeats)
+
+
+def _leaks(
+    held_out: _Tokenised, first_lines: Mapping[tuple[int, ...], int]
+) -> tuple[LinePair, ...]:
+    return tuple(
+        LinePair(number, first_lines[sample.token_ids])
+        for number, (_, sample) in held_out.lines.items()
+        if sample.token_ids in first_lines
+    )
+
+
+def in_words(pairs: Sequence[LinePair], words: str) -> str:
+    """Return the first pairs in words with two gaps, and how many more there are."""
+    shown = ", ".join(words.format(*pair) for pair in pairs[:_MAX_SHOWN_PAIRS])
+    more = len(pairs) - _MAX_SHOWN_PAIRS
+    return f"{shown}{f', and {more} more' if more > 0 else ''}"
