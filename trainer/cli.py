@@ -1,4 +1,4 @@
-"""The command rora-train: run, validate, evaluate."""
+"""The command rora-train: run, validate, evaluate; its part merge is merge_cli."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from adapters.base_model import cache_folder, find_model, model_name
 from adapters.command import run_command
 from adapters.settings import add_flags, read_settings, with_hyphens
 from trainer.config import TrainConfig
+from trainer.merge_cli import add_merge_command
 
 PROGRAM = "rora-train"
 
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     evaluation.add_argument("--json", action="store_true", help="print one JSON object")
     evaluation.set_defaults(action=_evaluate)
+    add_merge_command(commands)
     arguments = parser.parse_args(with_hyphens(sys.argv[1:] if argv is None else argv))
     return run_command(PROGRAM, lambda: arguments.action(arguments))
 

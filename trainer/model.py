@@ -56,7 +56,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    name: str, folder: Path, *, dtype: Literal["auto", "float32", "bfloat16"]
+    name: str, folder: Path, *, dtype: Literal["auto", "float32", "bfloat16", "float16"]
 ) -> BaseModel:
     """Load a decoder model onto the GPU if there is one, else the CPU; `dtype` as in LoopSettings.
 
