@@ -19,7 +19,8 @@ are nearer to those than to the base model's, and differ by at most, in nats:
 
 {tolerance_table()}
 
-In 16 bits the mean may also be at most {BASE_FACTOR} times what that dtype does to the base alone.
+In 16 bits the mean may also be at most {BASE_FACTOR} times what that dtype does to the base model
+alone, or a tenth of the above if that is more.
 """
 
 
