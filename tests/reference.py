@@ -47,6 +47,48 @@ def ragged_delta_loop(
     return result
 
 
+def lora_gradients_loop(
+    x: Array, weight: Array, factors: tuple[Array, Array], scaling: float, grad_y: Array
+) -> tuple[Array, Array, Array]:
+    """Return the gradients in x, A and B of sum(grad_y * (x Wᵀ + scaling * (x Aᵀ) Bᵀ)).
+
+    The chain rule, y[t, o] has terms scaling * B[o, r] * A[r, i] * x[t, i].
+    """
+    lora_a, lora_b = factors
+    grad_x, grad_a, grad_b = np.zeros_like(x), np.zeros_like(lora_a), np.zeros_like(lora_b)
+    for token in range(x.shape[0]):
+        for output in range(weight.shape[0]):
+            g = grad_y[token, output]
+            for column in range(x.shape[1]):
+                grad_x[token, column] += g * weight[output, column]
+                for rank in range(lora_a.shape[0]):
+                    a, b = lora_a[rank, column], lora_b[output, rank]
+                    grad_x[token, column] += g * scaling * b * a
+                    grad_a[rank, column] += g * scaling * b * x[token, column]
+                    grad_b[output, rank] += g * scaling * a * x[token, column]
+    return grad_x, grad_a, grad_b
+
+
+def adamw_loop(
+    weights: Sequence[float],
+    gradients: Sequence[Sequence[float]],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+) -> list[float]:
+    """Return each number after AdamW's steps (arXiv 1711.05101), from its own gradients alone."""
+    result = []
+    for start, course in zip(weights, gradients, strict=True):
+        w, m, v = start, 0.0, 0.0
+        for step, g in enumerate(course, start=1):
+            m = 0.9 * m + 0.1 * g
+            v = 0.999 * v + 0.001 * g * g
+            w -= learning_rate * weight_decay * w
+            w -= learning_rate * (m / (1 - 0.9**step)) / (math.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        result.append(w)
+    return result
+
+
 def cross_entropy_loop(logits: Array, targets: Sequence[int]) -> list[float]:
     """Return -log softmax(logits[t])[targets[t]] for each t."""
     losses = []

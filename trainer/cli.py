@@ -1,4 +1,4 @@
-"""The command rora-train: run, validate, evaluate; its part merge is merge_cli."""
+"""The command rora-train: run, validate, resume, evaluate; its part merge is merge_cli."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapters.base_model import cache_folder, find_model, model_name
 from adapters.command import run_command
@@ -13,7 +14,11 @@ from adapters.settings import add_flags, read_settings, with_hyphens
 from trainer.config import TrainConfig
 from trainer.merge_cli import add_merge_command
 
+if TYPE_CHECKING:
+    from trainer.model import BaseModel
+
 PROGRAM = "rora-train"
+_NUM_TRIED = 8  # samples that tell whether a model can be given packed ones
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,10 +27,17 @@ def main(argv: list[str] | None = None) -> int:
         prog=PROGRAM, description="Train LoRA and RoRA adapters of one base model."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_config_command(commands, "run", "train; writes OUTPUT/adapter and OUTPUT/log.jsonl", _run)
+    _add_config_command(
+        commands, "run", "train; writes OUTPUT/adapter, log.jsonl, report.html, checkpoints", _run
+    )
     _add_config_command(
         commands, "validate", "report every mistake in config and data; show one batch", _validate
     )
+    resumption = commands.add_parser(
+        "resume", help="go on exactly where a run stopped", description=_resume.__doc__
+    )
+    resumption.add_argument("run", type=Path, metavar="RUN_DIR", help="output folder of the run")
+    resumption.set_defaults(action=lambda arguments: _resume(arguments.run))
     evaluation = commands.add_parser(
         "evaluate", help="loss and accuracy with and without an adapter"
     )
@@ -60,14 +72,40 @@ def _add_config_command(
 
 
 def _run(config: TrainConfig) -> int:
-    from trainer.loop import check_output, train  # noqa: PLC0415  (imports torch)
-    from trainer.model import load_base  # noqa: PLC0415
+    from trainer.distributed import started  # noqa: PLC0415  (imports torch)
+    from trainer.run import check_output, train  # noqa: PLC0415
 
-    check_output(config.output)
-    folder = find_model(config.model, cache=cache_folder(os.environ))
-    base = load_base(model_name(config.model), folder, dtype=config.train.dtype)
-    print(train(config, base))
+    with started(os.environ) as processes:
+        if processes.is_first:
+            check_output(config.output)
+        folder = train(config, _load_base(config), processes)
+        if processes.is_first:
+            print(folder)
     return 0
+
+
+def _resume(run_folder: Path) -> int:
+    """Go on where the last checkpoint of a run stands; the outcome is that of an unstopped run."""
+    from trainer.distributed import started  # noqa: PLC0415  (imports torch)
+    from trainer.run import read_run_config, resume  # noqa: PLC0415
+
+    config = read_run_config(run_folder)
+    with started(os.environ) as processes:
+        folder = resume(run_folder, _load_base(config), processes)
+        if processes.is_first:
+            print(folder)
+    return 0
+
+
+def _load_base(config: TrainConfig) -> "BaseModel":
+    from trainer.model import load_base  # noqa: PLC0415  (imports torch)
+
+    return load_base(
+        model_name(config.model),
+        find_model(config.model, cache=cache_folder(os.environ)),
+        dtype=config.train.dtype,
+        load_in_4bit=config.train.load_in_4bit,
+    )
 
 
 def _validate(config: TrainConfig) -> int:
@@ -81,18 +119,22 @@ def _validate(config: TrainConfig) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from adapters import open_artifact  # noqa: PLC0415
+    from trainer.data import tokenize  # noqa: PLC0415
     from trainer.dataset import local_file  # noqa: PLC0415
-    from trainer.inject import inject_artifact  # noqa: PLC0415  (imports torch)
+    from trainer.evaluate import evaluate_both  # noqa: PLC0415  (imports torch)
+    from trainer.inject import inject_artifact  # noqa: PLC0415
     from trainer.lines import read_examples  # noqa: PLC0415
-    from trainer.loop import evaluate_both  # noqa: PLC0415
+    from trainer.loss import find_model_loss  # noqa: PLC0415
     from trainer.model import load_base  # noqa: PLC0415
 
     artifact = open_artifact(arguments.adapter)
     examples = list(read_examples(local_file(arguments.data), limit=arguments.limit).values())
     folder = find_model(arguments.model, cache=cache_folder(os.environ))
     base = load_base(model_name(arguments.model), folder, dtype="auto")
+    tried = [tokenize(example, base.tokenizer) for example in examples[:_NUM_TRIED]]
+    loss, _ = find_model_loss(base, tried, packing=True)
     layers = inject_artifact(base.model, artifact)
-    adapter, alone = evaluate_both(base, examples, layers, batch_tokens=arguments.batch_tokens)
+    adapter, alone = evaluate_both(loss, examples, layers, batch_tokens=arguments.batch_tokens)
     if arguments.json:
         print(json.dumps({"base": vars(alone), "adapter": vars(adapter)}))
         return 0

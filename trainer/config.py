@@ -56,13 +56,14 @@ class AdapterSettings(_Section):
     method: Literal["lora", "rora"] = Field(
         "rora", description="lora scales by alpha/rank, rora by alpha/sqrt(rank)"
     )
-    rank: int = Field(8, ge=1, description="rank of every adapted module")
+    rank: int = Field(8, ge=1, strict=True, description="rank of every adapted module")
     alpha: float = Field(16.0, gt=0, description="numerator of the scaling")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A, in training only")
     target_modules: tuple[str, ...] = Field(
         (ALL_LINEAR,),
         min_length=1,
-        description="all-linear (all but the output layer), or names or suffixes of modules",
+        description="all-linear (all but the output layer), names or suffixes of modules, or "
+        "regular expressions that match whole module paths",
     )
 
     @field_validator("target_modules", mode="before")
@@ -75,7 +76,20 @@ class LoopSettings(_Section):
     """The training loop."""
 
     epochs: float = Field(1.0, gt=0, le=10_000, description="passes over data.train")
-    batch_tokens: int = Field(1024, ge=1, description="tokens of one step, padding included")
+    batch_tokens: int = Field(
+        1024, ge=1, description="tokens of one step, over all processes; padding included, if any"
+    )
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of one forward and backward pass; a step of more adds up the gradients "
+        "of several. Less memory, the same result",
+    )
+    packing: bool = Field(
+        default=True,
+        description="put samples into one row without padding, their common prefix once; where a "
+        "model can not do that exactly, they are padded and the reason is said",
+    )
     learning_rate: float = Field(5e-4, gt=0, description="highest learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="course of the learning rate after warm-up"
@@ -86,9 +100,34 @@ class LoopSettings(_Section):
     max_sample_tokens: int = Field(
         2048, ge=2, description="longer samples are truncated at the end, and counted"
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="compute each layer twice instead of keeping its values: less memory",
+    )
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="strength of NEFTune's noise on embeddings; 0: none"
+    )
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="measure the loss on data.eval every so many steps, and keep the weights of "
+        "the best one; none: once, at the end",
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="stop after so many of these measurements without a better one"
+    )
+    checkpoint_steps: int = Field(
+        100, ge=1, description="write a checkpoint, to resume from, every so many steps"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of initial weights and data order")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the base model; auto: bfloat16 on GPUs that have it, else float32"
+        "auto",
+        description="of the base model; auto: bfloat16 where GPU or processor multiply in it, "
+        "else float32",
+    )
+    load_in_4bit: bool = Field(
+        default=False,
+        description="keep the base model in 4 bits (NF4, by bitsandbytes): less memory",
     )
 
 
@@ -113,3 +152,4 @@ class TrainConfig(_Section):
     data: DataSettings
     adapter: AdapterSettings = AdapterSettings()
     train: LoopSettings = LoopSettings()
+    tracking: TrackingSettings = TrackingSettings()

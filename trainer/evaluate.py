@@ -1,15 +1,19 @@
 """Held-out loss, and accuracy of answers: choice by log-likelihood, else greedy generation."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from trainer.batching import batches_of_length_order
+from trainer.batching import split_step
 from trainer.data import Example, Question, Sample, Text, prompt_token_ids, tokenize
-from trainer.loss import sample_losses
+from trainer.inject import adapters_off
+from trainer.lora_linear import LoraLinear
+from trainer.loss import ModelLoss
 from trainer.model import BaseModel
 
 Progress = Callable[[int], object]
@@ -36,9 +40,9 @@ class Evaluation:
 
 
 def evaluate(
-    base: BaseModel, examples: Sequence[Example], *, batch_tokens: int, progress: Progress
+    loss: ModelLoss, examples: Sequence[Example], *, batch_tokens: int, progress: Progress
 ) -> Evaluation:
-    """Measure loss and accuracy of `base.model`, with whatever adapter is in it.
+    """Measure loss and accuracy of `loss.base`, with whatever adapter is in it.
 
     Args:
         examples: at least one; with a text among them there is no accuracy, else it is by choice if
@@ -46,11 +50,12 @@ def evaluate(
         batch_tokens: tokens of one forward, padding included.
         progress: called with the number of examples done since the last call.
     """
+    base = loss.base
     was_training = base.model.training
     base.model.eval()
     try:
         samples = [tokenize(example, base.tokenizer) for example in examples]
-        sums, counts = _losses(base, samples, batch_tokens)
+        sums, counts = _losses(loss, samples, batch_tokens)
         questions = [example for example in examples if not isinstance(example, Text)]
         by: Literal["choice", "exact-match"] | None = None
         accuracy = None
@@ -58,7 +63,7 @@ def evaluate(
             by_choice = all(question.choices for question in questions)
             by = "choice" if by_choice else "exact-match"
             judge = _right_by_choice if by_choice else _right_by_exact_match
-            accuracy = judge(base, questions, batch_tokens, progress) / len(questions)
+            accuracy = judge(loss, questions, batch_tokens, progress) / len(questions)
         else:
             progress(len(examples))
     finally:
@@ -69,6 +74,21 @@ def evaluate(
         by=by,
         num_samples=len(examples),
     )
+
+
+def evaluate_both(
+    loss: ModelLoss,
+    examples: Sequence[Example],
+    layers: Mapping[str, LoraLinear],
+    *,
+    batch_tokens: int,
+) -> tuple[Evaluation, Evaluation]:
+    """Return the evaluation with the adapter in `layers`, and that of the base model alone."""
+    with tqdm(total=2 * len(examples), desc="evaluating", unit="sample", file=sys.stderr) as bar:
+        adapter = evaluate(loss, examples, batch_tokens=batch_tokens, progress=bar.update)
+        with adapters_off(layers):
+            alone = evaluate(loss, examples, batch_tokens=batch_tokens, progress=bar.update)
+    return adapter, alone
 
 
 def compared(adapter: Evaluation, alone: Evaluation) -> str:
@@ -84,29 +104,34 @@ def answer_is_right(answer: str, question: Question) -> bool:
     return answer.strip() in {text.strip() for text in (question.completion, *question.references)}
 
 
-def _losses(base: BaseModel, samples: Sequence[Sample], batch_tokens: int) -> tuple[Tensor, Tensor]:
+def _losses(loss: ModelLoss, samples: Sequence[Sample], batch_tokens: int) -> tuple[Tensor, Tensor]:
     """Return summed loss and count of tokens with loss, both [num_samples]."""
     sums = torch.zeros(len(samples), dtype=torch.float64)
     counts = torch.zeros(len(samples), dtype=torch.int64)
-    for indices, batch in batches_of_length_order(
-        samples, batch_tokens=batch_tokens, pad_token_id=base.pad_token_id
-    ):
-        sums[indices], counts[indices] = sample_losses(base.model, batch)
+    (batches,) = split_step(
+        range(len(samples)),
+        [len(sample) for sample in samples],
+        num_processes=1,
+        max_tokens=batch_tokens,
+        packed=loss.packs,
+    )
+    for indices in batches:
+        sums[indices], counts[indices] = loss.sample_losses([samples[i] for i in indices])
     return sums, counts
 
 
 def _right_by_choice(
-    base: BaseModel, questions: Sequence[Question], batch_tokens: int, progress: Progress
+    loss: ModelLoss, questions: Sequence[Question], batch_tokens: int, progress: Progress
 ) -> int:
     num_right = 0
     for question in questions:
         assert question.answer is not None
         stem = question.completion.removesuffix(question.choices[question.answer])
         samples = [
-            tokenize(question.answered(stem + choice), base.tokenizer)
+            tokenize(question.answered(stem + choice), loss.base.tokenizer)
             for choice in question.choices
         ]
-        sums, _ = _losses(base, samples, batch_tokens)
+        sums, _ = _losses(loss, samples, batch_tokens)
         num_right += int(sums.argmin()) == question.answer
         progress(1)
     return num_right
@@ -114,9 +139,9 @@ def _right_by_choice(
 
 @torch.no_grad()
 def _right_by_exact_match(
-    base: BaseModel, questions: Sequence[Question], batch_tokens: int, progress: Progress
+    loss: ModelLoss, questions: Sequence[Question], batch_tokens: int, progress: Progress
 ) -> int:
-    tokenizer = base.tokenizer
+    base, tokenizer = loss.base, loss.base.tokenizer
     prompts = [prompt_token_ids(question, tokenizer) for question in questions]
     limits = [
         max(

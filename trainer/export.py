@@ -1,16 +1,27 @@
-"""Trained layers -> adapter folder."""
+"""Trained layers -> adapter folder, proved: read from disk again, it computes what was trained."""
 
 import platform
+import shutil
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from adapters import AdapterConfig, open_artifact, weights_digest, write_artifact
+import torch
+
+from adapters import AdapterConfig, open_artifact, validate, weights_digest, write_artifact
 from adapters.errors import TrainingError
 from adapters.patterns import targeted
+from adapters.problems import describe
 from trainer.config import TrainConfig
+from trainer.data import Sample
+from trainer.inject import adapters_off, load_factors
 from trainer.lora_linear import LoraLinear
 from trainer.model import BaseModel
+from trainer.probe import make_probe, probe_prompts, prompt_log_probs
+
+# The same kernels on the same numbers; sums may be formed in another order by chance of memory.
+_REPRODUCED = 1e-4
 
 
 def adapter_config(config: TrainConfig, base_name: str, target_modules: list[str]) -> AdapterConfig:
@@ -34,31 +45,75 @@ def peft_targets(base: BaseModel, modules: list[str]) -> list[str]:
 def export(
     folder: Path,
     config: AdapterConfig,
-    layers: dict[str, LoraLinear],
+    base: BaseModel,
+    layers: Mapping[str, LoraLinear],
     *,
     provenance: dict[str, Any],
+    samples: Sequence[Sample],
 ) -> str:
-    """Write the adapter folder and return its weights digest.
+    """Write the adapter folder with its probe and return its weights digest.
 
-    Raises: TrainingError: a weight is not finite, or B is zero everywhere, so that the adapter does
-        nothing.
+    The folder is read from disk again, by the rules that PEFT applies, and must give the trained
+    layers' log-probs; only then it gets its name. A folder of that name is replaced.
+    Args: samples: that it was trained on, for the probe. provenance: gains `probe`.
+    Raises: TrainingError: the adapter would do nothing, its numbers are not finite, or what is on
+        disk does not compute what was trained.
     """
     factors = {
         name: (layer.lora_a.detach().cpu().numpy(), layer.lora_b.detach().cpu().numpy())
         for name, layer in layers.items()
     }
-    for name, layer in layers.items():
-        if not (layer.lora_a.isfinite().all() and layer.lora_b.isfinite().all()):
+    prompts = probe_prompts(base, samples)
+    provenance["probe"], trained = make_probe(base, layers, prompts)
+    unproved = folder.with_name(f".{folder.name}-unproved")
+    shutil.rmtree(unproved, ignore_errors=True)
+    write_artifact(unproved, config, factors, provenance=provenance)
+    try:
+        problems = validate(unproved).problems
+        if problems:
             raise TrainingError(
-                f"{name}: trained weights are not finite; try a lower train.learning_rate"
+                f"the trained adapter is not one to keep: {describe(problems)}; train for more "
+                "steps or with another train.learning_rate"
             )
-    if not any(layer.lora_b.any() for layer in layers.values()):
+        _check_reproduced(unproved, base, layers, prompts, trained)
+        digest = weights_digest(open_artifact(unproved))
+        shutil.rmtree(folder, ignore_errors=True)
+        unproved.rename(folder)
+    finally:
+        shutil.rmtree(unproved, ignore_errors=True)
+    return digest
+
+
+def _check_reproduced(
+    folder: Path,
+    base: BaseModel,
+    layers: Mapping[str, LoraLinear],
+    prompts: Sequence[tuple[int, ...]],
+    trained: Sequence[torch.Tensor],
+) -> None:
+    """Raises: TrainingError: the folder's files do not give the log-probs `trained`."""
+    with adapters_off(layers):  # puts the trained scalings back at the end
+        weights = {name: (layer.lora_a.data, layer.lora_b.data) for name, layer in layers.items()}
+        for layer in layers.values():
+            # Whatever the file leaves out stays out.
+            layer.lora_a.data, layer.lora_b.data = (
+                torch.full_like(weight.data, torch.nan) for weight in (layer.lora_a, layer.lora_b)
+            )
+        try:
+            load_factors(layers, open_artifact(folder))
+            reloaded = prompt_log_probs(base.model, prompts)
+        finally:
+            for name, layer in layers.items():
+                layer.lora_a.data, layer.lora_b.data = weights[name]
+    difference = max(
+        float((one - other).abs().max()) for one, other in zip(trained, reloaded, strict=True)
+    )
+    if not difference <= _REPRODUCED:
         raise TrainingError(
-            "every lora_B is zero, the adapter would do nothing; train for more steps or with a "
-            "higher train.learning_rate"
+            f"{folder}: read from disk again the adapter's log-probs differ by {difference:.2g} "
+            f"from those of the trained layers, at most {_REPRODUCED} is expected; nothing is kept "
+            "but the checkpoint. Please report this"
         )
-    write_artifact(folder, config, factors, provenance=provenance)
-    return weights_digest(open_artifact(folder))
 
 
 def provenance(

@@ -1,6 +1,7 @@
 """Putting LoraLinear layers into a model, from settings or from an adapter folder."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,15 +13,21 @@ from transformers.pytorch_utils import Conv1D
 from adapters import AdapterArtifact, AdapterConfig, resolve_scalings
 from adapters.config import ALL_LINEAR
 from adapters.errors import AdapterMismatchError, ConfigError
-from adapters.patterns import targeted
+from adapters.patterns import check_pattern, targeted
+from adapters.problems import describe
 from adapters.validation import checked_tensors
 from trainer.lora_linear import LoraLinear
 
+# A path or the end of one; anything else is a regular expression.
+_NAME = re.compile(r"[\w.-]+")
+
 
 def target_modules(model: PreTrainedModel, targets: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Return the linear layers that `targets` names: all but the output layer, or by suffix.
+    """Return the linear layers that `targets` names.
 
-    Raises: ConfigError: a target that names no linear layer.
+    Args: targets: `all-linear`, which is all but the output layer; names of layers, or what their
+        paths end with; regular expressions that match whole paths.
+    Raises: ConfigError: a target that names no linear layer, or can not be matched.
     """
     linear: dict[str, nn.Module] = {
         name: module
@@ -31,11 +38,15 @@ def target_modules(model: PreTrainedModel, targets: tuple[str, ...]) -> dict[str
         return linear
     chosen: set[str] = set()
     for target in targets:
-        matched = targeted((target,), list(linear))
+        is_name = _NAME.fullmatch(target) is not None
+        problem = None if is_name else check_pattern("adapter.target_modules", target)
+        if problem is not None:
+            raise ConfigError(describe([problem]))
+        matched = targeted((target,) if is_name else target, list(linear))
         if not matched:
             ends = sorted({name.rpartition(".")[2] for name in linear})
             raise ConfigError(
-                f"adapter.target_modules: no linear layer is named {target!r}; "
+                f"adapter.target_modules: no linear layer matches {target!r}; "
                 f"this model has {', '.join(ends)}"
             )
         chosen.update(matched)
@@ -113,15 +124,24 @@ def inject_artifact(model: PreTrainedModel, artifact: AdapterArtifact) -> dict[s
         dropout=0.0,
         generator=torch.Generator(),
     )
+    load_factors(layers, artifact)
+    return layers
+
+
+def load_factors(layers: Mapping[str, LoraLinear], artifact: AdapterArtifact) -> None:
+    """Give each layer the factors and the scaling that an adapter folder has for it.
+
+    Raises: ArtifactError: numbers that can not be served.
+    """
     for module, lora_a, lora_b in checked_tensors(artifact):
         layer = layers[module.name]
         layer.lora_a.data.copy_(torch.from_numpy(lora_a.astype(np.float32)))
         layer.lora_b.data.copy_(torch.from_numpy(lora_b.astype(np.float32)))
-    return layers
+        layer.scaling = module.scaling
 
 
 @contextmanager
-def adapters_off(layers: dict[str, LoraLinear]) -> Iterator[None]:
+def adapters_off(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
     """Let the model compute as its base inside the block."""
     scalings = {name: layer.scaling for name, layer in layers.items()}
     for layer in layers.values():

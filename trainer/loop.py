@@ -1,244 +1,283 @@
-"""The training loop, top to bottom: data -> batches -> steps -> adapter folder."""
+"""The training loop, top to bottom: plan -> batches -> steps -> checkpoints."""
 
-import json
 import math
-import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from types import FrameType
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from adapters import AdapterConfig
-from adapters.base_model import fingerprint
-from adapters.errors import ConfigError, TrainingError
-from adapters.writer import write_provenance
-from trainer.batching import Batch, make_batch, plan_epoch
+from adapters.errors import TrainingError
+from trainer.batching import plan_epoch, split_step
+from trainer.checkpoint import TrainingState, save_checkpoint
 from trainer.config import TrainConfig
-from trainer.data import Example
-from trainer.dataset import TrainingData, load_data
-from trainer.evaluate import Evaluation, compared, evaluate
-from trainer.export import adapter_config, export, peft_targets, provenance
-from trainer.inject import adapters_off, check_ranks, inject, target_modules
-from trainer.lora_linear import LoraLinear
-from trainer.loss import mean_loss
-from trainer.model import BaseModel
-from trainer.optim import learning_rate_factor
+from trainer.data import Sample
+from trainer.distributed import Processes
+from trainer.log import LogWriter
+from trainer.loss import ModelLoss
+from trainer.optim import RankAdamW, learning_rate_factor
 
-ADAPTER_FOLDER = "adapter"
-LOG_FILE = "log.jsonl"
-CONFIG_FILE = "config.json"
+# Nothing is kept for a backward pass, so more fits than in a step.
 EVAL_BATCH_TOKENS = 2048
 
 
-def check_output(output: Path) -> None:
-    """Refuse an output folder that can not be used, before any time is spent.
+@dataclass
+class Run:
+    """All that a running training needs.
 
-    Raises: ConfigError: it holds something already, or something above it is no folder.
+    Args:
+        folder: of the run.
+        samples: to train on; eval_samples: held out, by the name of their set.
+        optimizer: holds the trained layers; state: where the run stands.
+        log: None in all processes but the first.
     """
-    if output.is_dir() and any(output.iterdir()):
-        raise ConfigError(
-            f"output: {output} holds something already, a new or empty folder is expected; "
-            "choose another or remove it"
-        )
-    standing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not standing.is_dir() or not os.access(standing, os.W_OK):
-        raise ConfigError(
-            f"output: {output} can not be made, {standing} is no folder that can be written; "
-            "choose another"
-        )
+
+    config: TrainConfig
+    folder: Path
+    loss: ModelLoss
+    samples: Sequence[Sample]
+    eval_samples: Mapping[str, Sequence[Sample]]
+    optimizer: RankAdamW
+    state: TrainingState
+    processes: Processes
+    log: LogWriter | None
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [len(sample) for sample in self.samples]
+
+    @property
+    def weights(self) -> list[torch.nn.Parameter]:
+        """A and B of every layer."""
+        layers = self.optimizer.layers.values()
+        return [weight for layer in layers for weight in (layer.lora_a, layer.lora_b)]
+
+    def batch_tokens(self, num_tokens: int) -> int:
+        """Return the most tokens of one forward, where `num_tokens` are to be computed."""
+        return min(num_tokens, self.config.train.micro_batch_tokens or num_tokens)
 
 
-def train(config: TrainConfig, base: BaseModel) -> Path:
-    """Train one adapter and return its folder, `config.output`/adapter.
+def run_steps(run: Run) -> None:
+    """Take the run's remaining steps; then the best evaluation's weights, if any, are in place.
 
-    Writes config.json and log.jsonl beside it while it runs. The same configuration, seed, machine
-    and thread count give the same weights.
-    Raises: TrainingError: a loss or a weight is not finite, or the adapter would do nothing.
+    Raises:
+        TrainingError: a loss or gradient is not finite.
+        KeyboardInterrupt: stopped by a signal, after a checkpoint.
     """
-    check_output(config.output)
-    config.output.mkdir(parents=True, exist_ok=True)
-    data = load_data(config, base.tokenizer)
-    layers, description = _prepare(config, base)
-    base_fingerprint = fingerprint(base.folder)
-    (config.output / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
-    _say_what_runs(config, base, data, layers)
-    with (config.output / LOG_FILE).open("x", encoding="utf-8") as log:
-        origin = provenance(
-            config,
-            base,
-            base_fingerprint=base_fingerprint,
-            data_sha256=data.data_sha256,
-            metrics=_run_steps(config, base, data, layers, log),
-        )
-        folder = config.output / ADAPTER_FOLDER
-        digest = export(folder, description, layers, provenance=origin)
-        print(f"weights sha256:{digest}", file=sys.stderr)
-        # After the export: whoever stops a long evaluation keeps the adapter.
-        if data.eval_sets:
-            origin["training"]["metrics"] |= _evaluate_both(config, base, data, layers, log)
-            write_provenance(folder, origin)
-    return folder
-
-
-def _prepare(config: TrainConfig, base: BaseModel) -> tuple[dict[str, LoraLinear], AdapterConfig]:
-    """Put fresh layers into the model; the seed alone decides their weights."""
-    torch.manual_seed(config.train.seed)  # dropout's source
-    torch.use_deterministic_algorithms(mode=True, warn_only=base.model.device.type != "cpu")
-    modules = target_modules(base.model, config.adapter.target_modules)
-    description = adapter_config(config, base.name, peft_targets(base, list(modules)))
-    check_ranks(modules, description)
-    layers = inject(
-        base.model,
-        modules,
-        description,
-        dropout=config.adapter.dropout,
-        generator=torch.Generator().manual_seed(config.train.seed),
+    settings, state = run.config.train, run.state
+    plan = plan_run(run.config, run.lengths, packed=run.loss.packs)
+    model = run.loss.base.model
+    model.train()
+    progress = tqdm(
+        total=len(plan),
+        initial=state.step,
+        desc="training",
+        unit="step",
+        file=sys.stderr,
+        disable=not run.processes.is_first,
     )
-    return layers, description
-
-
-def _run_steps(
-    config: TrainConfig,
-    base: BaseModel,
-    data: TrainingData,
-    layers: dict[str, LoraLinear],
-    log: TextIO,
-) -> dict[str, Any]:
-    settings = config.train
-    batches = list(_plan(config, data))
-    parameters = [weight for layer in layers.values() for weight in (layer.lora_a, layer.lora_b)]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    base.model.train()
-    started = time.perf_counter()
-    num_tokens, smoothed = 0, math.nan
-    progress = tqdm(total=len(batches), desc="training", unit="step", file=sys.stderr)
-    for step, (epoch, indices) in enumerate(batches):
-        batch = make_batch(
-            [data.samples[index] for index in indices], pad_token_id=base.pad_token_id
-        )
-        learning_rate = settings.learning_rate * learning_rate_factor(
-            step,
-            num_steps=len(batches),
-            warmup_ratio=settings.warmup_ratio,
-            schedule=settings.schedule,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        loss, gradient_norm = _step(base, batch, optimizer, parameters, settings.max_grad_norm)
-        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-            progress.close()
-            raise TrainingError(
-                f"step {step + 1}: loss {loss}, gradient norm {gradient_norm}, finite numbers are "
-                "expected; try a lower train.learning_rate"
+    with progress, _stopped_by_signals() as signals:
+        while state.step < len(plan) and not _is_over(run):
+            epoch, indices = plan[state.step]
+            learning_rate = settings.learning_rate * learning_rate_factor(
+                state.step,
+                num_steps=len(plan),
+                warmup_ratio=settings.warmup_ratio,
+                schedule=settings.schedule,
             )
-        num_tokens += batch.num_tokens
-        seconds = time.perf_counter() - started
-        smoothed = loss if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * loss
-        progress.set_postfix_str(
-            f"loss {smoothed:.3f}, {num_tokens / seconds:.0f} tok/s", refresh=False
+            started = time.perf_counter()
+            loss, gradient_norm, stops = take_step(run, indices, learning_rate, stop=bool(signals))
+            num_tokens = sum(len(run.samples[index]) for index in indices)
+            state.seconds += time.perf_counter() - started
+            state.step += 1
+            state.num_tokens += num_tokens
+            previous = loss if state.smoothed_loss is None else state.smoothed_loss
+            state.smoothed_loss = 0.9 * previous + 0.1 * loss
+            if run.log is not None:
+                run.log.step(
+                    step=state.step,
+                    epoch=epoch,
+                    loss=loss,
+                    learning_rate=learning_rate,
+                    gradient_norm=gradient_norm,
+                    num_tokens=num_tokens,
+                    seconds=round(state.seconds, 3),
+                )
+            speed = state.num_tokens / state.seconds
+            progress.set_postfix_str(
+                f"loss {state.smoothed_loss:.3f}, {speed:.0f} tok/s", refresh=False
+            )
+            progress.update()
+            if _evaluates_at(run, state.step, num_steps=len(plan)):
+                evaluate_step(run)
+            is_last = stops or state.step == len(plan) or _is_over(run)
+            if is_last or state.step % settings.checkpoint_steps == 0:
+                if run.processes.is_first:
+                    save_checkpoint(run.folder, state, run.optimizer)
+                run.processes.wait()
+            if stops:
+                raise KeyboardInterrupt
+    with torch.no_grad():
+        for name, (lora_a, lora_b) in state.best_weights.items():
+            layer = run.optimizer.layers[name]
+            layer.lora_a.copy_(lora_a)
+            layer.lora_b.copy_(lora_b)
+
+
+def take_step(
+    run: Run, indices: Sequence[int], learning_rate: float, *, stop: bool = False
+) -> tuple[float, float, bool]:
+    """Train on the samples `indices`, shared between the processes.
+
+    The loss is the mean over all tokens with loss of the step, however it is split into batches
+    and processes.
+    Args: stop: this process was asked to stop.
+    Returns: loss; gradient norm before clipping; whether any process was asked to stop.
+    Raises: TrainingError: loss or gradient norm is not finite; no weight was changed.
+    """
+    settings, state, processes = run.config.train, run.state, run.processes
+    # Random numbers of a step follow from the seed, the step and the process: a resumed run has
+    # the same ones.
+    torch.manual_seed((settings.seed * 1_000_003 + state.step) * 1_009 + processes.rank)
+    num_loss = sum(len(run.samples[index].loss_places) for index in indices)
+    share = split_step(
+        indices,
+        run.lengths,
+        num_processes=processes.count,
+        max_tokens=run.batch_tokens(settings.batch_tokens),
+        packed=run.loss.packs,
+    )[processes.rank]
+    for weight in run.weights:
+        weight.grad = None
+    total = torch.zeros(2, device=run.loss.base.model.device)
+    for batch_indices in share:
+        batch = run.loss.make_batch([run.samples[index] for index in batch_indices])
+        loss = run.loss.token_losses(batch).sum() / num_loss
+        loss.backward()
+        total[0] += loss.detach()
+    total[1] += stop
+    gradients = [_gradient(weight) for weight in run.weights]
+    processes.sum([*gradients, total])
+    gradient_norm = float(torch.nn.utils.clip_grad_norm_(run.weights, settings.max_grad_norm))
+    loss_value = float(total[0])
+    if not math.isfinite(loss_value) or not math.isfinite(gradient_norm):
+        raise TrainingError(
+            f"step {state.step + 1}: loss {loss_value}, gradient norm {gradient_norm}, finite "
+            "numbers are expected; try a lower train.learning_rate"
         )
-        progress.update()
-        _log(
-            log,
-            step=step + 1,
-            epoch=epoch,
-            loss=loss,
-            learning_rate=learning_rate,
-            gradient_norm=gradient_norm,
-            num_tokens=batch.num_tokens,
-            seconds=round(seconds, 3),
+    run.optimizer.step(learning_rate)
+    return loss_value, gradient_norm, bool(total[1])
+
+
+def evaluate_step(run: Run) -> None:
+    """Measure the loss on every held-out set; keep the weights if their mean is the best so far."""
+    losses = {name: _held_out_loss(run, samples) for name, samples in run.eval_samples.items()}
+    state, mean = run.state, sum(losses.values()) / len(losses)
+    is_best = state.best_loss is None or mean < state.best_loss
+    if is_best:
+        state.best_loss, state.best_step, state.num_worse = mean, state.step, 0
+        state.best_weights = {
+            name: (layer.lora_a.detach().clone(), layer.lora_b.detach().clone())
+            for name, layer in run.optimizer.layers.items()
+        }
+    else:
+        state.num_worse += 1
+    if run.log is not None:
+        run.log.evaluation_in_training(state.step, losses, best=is_best)
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        tqdm.write(
+            f"step {state.step}: held-out loss {shown}{' (best)' if is_best else ''}",
+            file=sys.stderr,
         )
-    progress.close()
-    return {"train_loss": smoothed, "num_steps": len(batches)}
 
 
-def _step(
-    base: BaseModel,
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[torch.nn.Parameter],
-    max_grad_norm: float,
-) -> tuple[float, float]:
-    """Take one step; return loss and gradient norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    loss = mean_loss(base.model, batch)
-    loss.backward()
-    gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    return float(loss.detach()), float(gradient_norm)
-
-
-def _plan(config: TrainConfig, data: TrainingData) -> Iterator[tuple[float, list[int]]]:
-    """Yield (passes over the data so far, indices of a batch) for the whole run."""
-    lengths = [len(sample) for sample in data.samples]
+def plan_run(
+    config: TrainConfig, lengths: Sequence[int], *, packed: bool
+) -> list[tuple[float, list[int]]]:
+    """Return (passes over the data so far, indices of samples) for each step of the run."""
+    plan = []
     for epoch in range(math.ceil(config.train.epochs)):
         # Distinct for every seed and epoch.
-        plan = plan_epoch(
+        steps = plan_epoch(
             lengths,
             batch_tokens=config.train.batch_tokens,
             seed=config.train.seed * 1_000_003 + epoch,
+            packed=packed,
         )
         share = min(1.0, config.train.epochs - epoch)
-        for position, indices in enumerate(plan[: math.ceil(share * len(plan))], start=1):
-            yield round(epoch + position / len(plan), 4), indices
+        for position, indices in enumerate(steps[: math.ceil(share * len(steps))], start=1):
+            plan.append((round(epoch + position / len(steps), 4), indices))
+    return plan
 
 
-def _evaluate_both(
-    config: TrainConfig,
-    base: BaseModel,
-    data: TrainingData,
-    layers: dict[str, LoraLinear],
-    log: TextIO,
-) -> dict[str, Any]:
-    """Measure the held-out sets with and without the adapter."""
-    # Nothing is kept for a backward pass, so more fits than in a step.
-    batch_tokens = max(config.train.batch_tokens, EVAL_BATCH_TOKENS)
-    measured: dict[str, Any] = {}
-    for name, examples in data.eval_sets.items():
-        adapter, alone = evaluate_both(base, examples, layers, batch_tokens=batch_tokens)
-        measured[name] = {"adapter": asdict(adapter), "base": asdict(alone)}
-        _log(log, evaluation={"set": name, **measured[name]})
-        print(f"held out, {name}: {compared(adapter, alone)}", file=sys.stderr)
-    return {"eval_sets": measured}
+def _evaluates_at(run: Run, step: int, *, num_steps: int) -> bool:
+    """Tell whether held-out losses are due: every so many steps, and after the last."""
+    every = run.config.train.eval_steps
+    return bool(every and run.eval_samples) and (step % (every or 1) == 0 or step == num_steps)
 
 
-def evaluate_both(
-    base: BaseModel,
-    examples: Sequence[Example],
-    layers: dict[str, LoraLinear],
-    *,
-    batch_tokens: int,
-) -> tuple[Evaluation, Evaluation]:
-    """Return the evaluation with the adapter in `layers`, and that of the base model alone."""
-    with tqdm(total=2 * len(examples), desc="evaluating", unit="sample", file=sys.stderr) as bar:
-        adapter = evaluate(base, examples, batch_tokens=batch_tokens, progress=bar.update)
-        with adapters_off(layers):
-            alone = evaluate(base, examples, batch_tokens=batch_tokens, progress=bar.update)
-    return adapter, alone
+def _is_over(run: Run) -> bool:
+    """Tell whether early stopping ends the run here."""
+    patience = run.config.train.early_stopping_patience
+    return patience is not None and run.state.num_worse >= patience
 
 
-def _say_what_runs(
-    config: TrainConfig, base: BaseModel, data: TrainingData, layers: dict[str, LoraLinear]
-) -> None:
-    num_parameters = sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers.values())
-    print(
-        f"{config.adapter.method} of rank {config.adapter.rank} on {len(layers)} modules of "
-        f"{base.name} "
-        f"({num_parameters / 1e6:.2f} M parameters), {len(data.samples)} samples, "
-        f"{base.model.dtype} on {base.model.device.type}".replace("torch.", ""),
-        *data.remarks(),
-        sep="\n",
-        file=sys.stderr,
-    )
+def _held_out_loss(run: Run, samples: Sequence[Sample]) -> float:
+    """Return the mean loss of a set's tokens, its samples shared between the processes."""
+    model = run.loss.base.model
+    model.eval()
+    share = split_step(
+        range(len(samples)),
+        [len(sample) for sample in samples],
+        num_processes=run.processes.count,
+        max_tokens=run.batch_tokens(EVAL_BATCH_TOKENS),
+        packed=run.loss.packs,
+    )[run.processes.rank]
+    totals = torch.zeros(2, dtype=torch.float64)
+    for indices in share:
+        sums, counts = run.loss.sample_losses([samples[index] for index in indices])
+        totals += torch.stack([sums.sum(), counts.sum()])
+    totals = totals.to(model.device)
+    run.processes.sum([totals])
+    model.train()
+    return float(totals[0] / totals[1])
 
 
-def _log(file: TextIO, **values: Any) -> None:
-    file.write(json.dumps(values) + "\n")
-    file.flush()
+def _gradient(weight: torch.nn.Parameter) -> Tensor:
+    """Return a weight's gradient: zero where this process had no sample."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C or SIGTERM in the list yielded; a second one acts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # signals reach the main thread alone
+        return
+    previous: dict[signal.Signals, object] = {}
+
+    def receive(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

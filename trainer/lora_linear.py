@@ -1,6 +1,7 @@
 """LoraLinear: a frozen linear layer with a trained low-rank delta beside it."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +54,76 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [.., out_features] in the dtype of the base layer's output."""
-        y: Tensor = self.base(x)
         if self.scaling == 0:  # switched off; 0 times not-a-number would still be that
+            y: Tensor = self.base(x)
             return y
-        shrunk = F.linear(F.dropout(x.float(), self.dropout, self.training), self.lora_a)
+        # A layer of another class (Conv1D, a quantised one) multiplies in its own way.
+        if type(self.base) is nn.Linear and not (self.dropout and self.training):
+            return lora_linear(
+                x, self.base.weight, self.base.bias, self.lora_a, self.lora_b, self.scaling
+            )
+        y = self.base(x)
+        dropped = F.dropout(x, self.dropout, self.training)
+        shrunk = F.linear(dropped, self.lora_a.to(x.dtype))
         # Scaling the rank-sized intermediate is the cheapest place.
-        return y + F.linear(shrunk * self.scaling, self.lora_b).to(y.dtype)
+        return y + F.linear(shrunk * self.scaling, self.lora_b.to(x.dtype)).to(y.dtype)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    """Return x Wᵀ + bias + scaling * (x Aᵀ) Bᵀ, differentiable in x, A and B, as one operation.
+
+    The delta is added into the product's own memory, forward and backward, and of the intermediate
+    values only x and scaling * x Aᵀ are kept.
+
+    Args:
+        x: [.., in_features], float32 or 16 bits.
+        weight: [out_features, in_features], dtype of x, frozen; bias: [out_features].
+        lora_a: [rank, in_features], lora_b: [out_features, rank], any floating dtype; multiplied in
+            the dtype of x, their gradients come back in their own.
+    Returns: [.., out_features], dtype of x; new.
+    Cost: 2 * tokens * (in * out + rank * (in + out)) multiply-adds forward; backward the same for x
+        and tokens * rank * (in + out) once more for A and B.
+    Checked against: autograd on loops, in tests/trainer/test_lora_linear.py.
+    """
+    y: Tensor = _LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, lora_a, lora_b, scaling
+    )
+    return y
+
+
+class _LoraLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        shrunk = torch.mm(rows, lora_a.to(x.dtype).t()).mul_(scaling)
+        y = F.linear(rows, weight, bias)
+        y.addmm_(shrunk, lora_b.to(x.dtype).t())
+        ctx.save_for_backward(rows, shrunk, weight, lora_a, lora_b)
+        ctx.scaling = scaling
+        ctx.x_shape = x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, shrunk, weight, lora_a, lora_b = ctx.saved_tensors
+        grad_y = gradients[0].reshape(-1, weight.shape[0])
+        grad_shrunk = torch.mm(grad_y, lora_b.to(rows.dtype)).mul_(ctx.scaling)
+        grad_a = torch.mm(grad_shrunk.t(), rows).to(lora_a.dtype)
+        # Transposed after the product: 2.5 times as fast as mm(grad_y.t(), shrunk) on a CPU.
+        grad_b = torch.mm(shrunk.t(), grad_y).t().to(lora_b.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad_y, weight)
+            grad_x.addmm_(grad_shrunk, lora_a.to(rows.dtype))
+            grad_x = grad_x.view(ctx.x_shape)
+        return grad_x, None, None, grad_a, grad_b, None

@@ -1,51 +1,212 @@
-"""Cross-entropy of the tokens that carry loss, without the logits of the others."""
+"""Cross-entropy of the tokens that carry loss, without computing what no loss needs.
 
-import inspect
+Owns how samples go through a model: packed or padded, and which logits are formed. What a model
+allows is found out on the model itself, so that the fast way is only taken where it gives the same
+losses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.batching import IGNORED_LABEL, Batch
+from trainer.attention import PACKED, PackingError
+from trainer.batching import Batch, pack, pad
+from trainer.data import Sample
+from trainer.model import BaseModel
+
+# Logits that are formed at once: 64 MiB in float32, 340 rows of a vocabulary of 49,152.
+_CHUNK_LOGITS = 2**24
+# Largest difference of a token's loss between packed and single samples. Leakage between samples
+# changes losses by tenths; in 16 bits other shapes of the same product change them by hundredths.
+_PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# Tokens of the samples that a model's packing is tried on.
+_MAX_TRIED_TOKENS = 512
 
 
-def token_losses(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the loss of every position that predicts a token with loss, and where these are.
+@dataclass(frozen=True)
+class ModelLoss:
+    """Losses of samples by one model.
 
-    Args: batch: on any device.
-    Returns: losses [num_samples, num_positions], float32, 0 where a position carries no loss; and
-        has_loss [num_samples, num_positions], bool. Only columns with a loss in some sample are
-        kept.
+    Args:
+        base: the model, with whatever adapter is in it.
+        packs: samples stand in one row; else they are padded.
+        shares_prefix: the tokens that all samples of a row begin with are computed once.
+        plain_head: the logits are just the output layer's; then only those of tokens with loss are
+            formed, in chunks, and none is kept for the backward pass.
+        neftune_alpha: strength of the noise on embeddings in training; 0 is none.
     """
-    device = model.device
-    # Position t predicts token t + 1.
-    labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(device)
-    columns = (labels != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
-    labels = labels[:, columns]
-    inputs = {
-        "input_ids": batch.token_ids.to(device),
-        "attention_mask": batch.attention_mask.to(device),
-        "use_cache": False,
-    }
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, logits_to_keep=columns).logits
-    else:
-        logits = model(**inputs).logits[:, columns]
-    losses = F.cross_entropy(
-        logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
+
+    base: BaseModel
+    packs: bool
+    shares_prefix: bool
+    plain_head: bool
+    neftune_alpha: float = 0.0
+
+    def make_batch(self, samples: Sequence[Sample]) -> Batch:
+        """Return samples as this model takes them, on its device."""
+        device = self.base.model.device
+        if self.packs:
+            return pack(samples, share_prefix=self.shares_prefix, device=device)
+        return pad(samples, pad_token_id=self.base.pad_token_id, device=device)
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Return -log p of every token of `batch` that carries loss, [num_loss], float32."""
+        model = self.base.model
+        inputs: dict[str, Any] = {"position_ids": batch.position_ids, "use_cache": False}
+        if self.neftune_alpha and model.training:
+            inputs["inputs_embeds"] = _noisy_embeddings(model, batch, self.neftune_alpha)
+        else:
+            inputs["input_ids"] = batch.token_ids
+        if batch.layout is not None:
+            inputs["packing"] = batch.layout
+            # Of four dimensions, so that transformers makes none of its own.
+            inputs["attention_mask"] = batch.token_ids.new_empty(1, 1, 0, 0)
+        if self.plain_head:
+            hidden = _body(model)(**inputs).last_hidden_state.flatten(0, 1)[batch.loss_places]
+            head = model.get_output_embeddings()
+            assert isinstance(head, nn.Linear)
+            losses: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+                hidden, head.weight, head.bias, batch.targets
+            )
+            return losses
+        logits = model(**inputs).logits.flatten(0, 1)[batch.loss_places]
+        return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+    @torch.no_grad()
+    def sample_losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Return each sample's summed loss, float64, and tokens with loss, both [num_samples]."""
+        batch = self.make_batch(samples)
+        losses = self.token_losses(batch).double().cpu()
+        sums = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, batch.owners, losses)
+        return sums, torch.bincount(batch.owners, minlength=len(samples))
+
+
+def find_model_loss(
+    base: BaseModel, samples: Sequence[Sample], *, packing: bool
+) -> tuple[ModelLoss, str | None]:
+    """Return the fastest ModelLoss that gives this model's own losses, by trying it.
+
+    Args:
+        samples: some of those to come, of different lengths.
+        packing: false: do not pack, whether it works or not.
+    Returns: and why the samples are padded, if they are though packing was asked for.
+    """
+    was_training = base.model.training
+    base.model.eval()
+    try:
+        padded = ModelLoss(
+            base, packs=False, shares_prefix=False, plain_head=_has_plain_head(base.model)
+        )
+        if not packing:
+            return padded, None
+        packed = replace(padded, packs=True, shares_prefix=True)
+        reason = _why_not_packed(padded, packed, samples)
+    finally:
+        base.model.train(was_training)
+    if reason is None:
+        return packed, None
+    base.model.set_attn_implementation("sdpa")
+    return padded, reason
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Tell whether the model, an adapter's own layers aside, drops values in training."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or float(getattr(module, "attention_dropout", 0) or 0) > 0
+        for module in model.modules()
     )
-    return losses, labels != IGNORED_LABEL
 
 
-def mean_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the mean loss of a batch's tokens with loss, float32, with its graph."""
-    losses, has_loss = token_losses(model, batch)
-    return losses.sum() / has_loss.sum()
+def _why_not_packed(padded: ModelLoss, packed: ModelLoss, samples: Sequence[Sample]) -> str | None:
+    """Compare the losses of a few samples in one row with those of each alone."""
+    tried: list[Sample] = []
+    # The shortest ones first; two at least, or nothing could leak.
+    for sample in sorted(samples, key=len):
+        if len(tried) >= 2 and sum(map(len, tried)) + len(sample) > _MAX_TRIED_TOKENS:
+            break
+        tried.append(sample)
+    alone = torch.cat([padded.sample_losses([sample])[0] for sample in tried])
+    try:
+        padded.base.model.set_attn_implementation(PACKED)
+        together, _ = packed.sample_losses(tried)
+    except (PackingError, TypeError, ValueError) as error:
+        return str(error)
+    counts = torch.tensor([len(sample.loss_places) for sample in tried])
+    difference = float(((together - alone).abs() / counts).max())
+    if difference > _PACKING_TOLERANCE[padded.base.model.dtype]:
+        return f"packed and single samples differ by {difference:.2g} in their loss"
+    return None
 
 
 @torch.no_grad()
-def sample_losses(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each sample's summed loss, float64, and count of tokens with loss, [num_samples]."""
-    losses, has_loss = token_losses(model, batch)
-    return losses.double().sum(dim=1).cpu(), has_loss.sum(dim=1).cpu()
+def _has_plain_head(model: PreTrainedModel) -> bool:
+    """Tell whether the model's logits are just its output layer applied to its body's output.
+
+    Some models scale or cap them; asked by computing both for a few tokens.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or _body(model) is model:
+        return False
+    token_ids = torch.arange(1, 5, device=model.device)[None]
+    hidden = _body(model)(input_ids=token_ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=token_ids, use_cache=False).logits
+    return bool(torch.equal(head(hidden).to(logits.dtype), logits))
+
+
+def _body(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model without its output layer."""
+    body = model.base_model
+    assert isinstance(body, PreTrainedModel)
+    return body
+
+
+def _noisy_embeddings(model: PreTrainedModel, batch: Batch, alpha: float) -> Tensor:
+    """Return embeddings + uniform noise in ±alpha / sqrt(tokens of the sample * hidden size).
+
+    Source: NEFTune, arXiv 2310.05914, section 2.
+    """
+    embeddings: Tensor = model.get_input_embeddings()(batch.token_ids)
+    sizes = (batch.sample_lengths * embeddings.shape[-1]).to(embeddings.dtype)
+    noise = torch.empty_like(embeddings).uniform_(-1, 1)
+    return embeddings + noise * (alpha / sizes.sqrt())[..., None]
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy of hidden states through a frozen output layer, in chunks of rows.
+
+    loss[t] = logsumexp(h[t] Wᵀ + b) - (h[t] Wᵀ + b)[target[t]]. Its gradient in h, (softmax -
+    onehot) W, is formed with the logits at hand, so that nothing of the vocabulary's size is kept.
+    Checked against: a loop, in tests/trainer/test_loss.py.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        rows = max(1, _CHUNK_LOGITS // weight.shape[0])
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, start + rows)
+            logits = F.linear(hidden[chunk], weight, bias).float()
+            target = targets[chunk, None]
+            log_sums = logits.logsumexp(dim=1, keepdim=True)
+            losses[chunk] = (log_sums - logits.gather(1, target)).squeeze(1)
+            if grad_hidden is not None:
+                # In place: softmax - onehot.
+                logits.sub_(log_sums).exp_()
+                logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
+                grad_hidden[chunk] = logits.to(weight.dtype) @ weight
+        ctx.grad_hidden = grad_hidden
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        grad: Tensor = ctx.grad_hidden
+        return grad * gradients[0][:, None].to(grad.dtype), None, None, None

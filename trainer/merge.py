@@ -25,10 +25,10 @@ from adapters.errors import AdapterMismatchError, BaseModelError, ConfigError, T
 from adapters.folder import CHAT_TEMPLATE_FILE
 from adapters.writer import new_folder, sync_folder
 from trainer.inject import adapters_off, inject_artifact
-from trainer.loop import check_output
 from trainer.lora_linear import LoraLinear
 from trainer.merge_tolerance import Difference, Dtype, Tolerance, tolerance_for
 from trainer.model import load_base
+from trainer.run import check_output
 
 _DTYPES: dict[str, Dtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CONFIG_FILE = "config.json"

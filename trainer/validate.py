@@ -13,8 +13,8 @@ from trainer.data import Sample
 from trainer.dataset import LinePair, TrainingData, in_words, load_data
 from trainer.export import adapter_config
 from trainer.inject import check_ranks, target_modules
-from trainer.loop import check_output
 from trainer.model import empty_model, load_tokenizer
+from trainer.run import check_output
 
 # Brackets that no data is likely to hold.
 _LOSS_BEGINS, _LOSS_ENDS = "⟦", "⟧"
@@ -118,6 +118,7 @@ def _first_epoch(config: TrainConfig, data: TrainingData) -> list[list[int]]:
         [len(sample) for sample in data.samples],
         batch_tokens=config.train.batch_tokens,
         seed=config.train.seed,
+        packed=config.train.packing,
     )
 
 

@@ -8,12 +8,17 @@ import trainer.cli
 from tests.workloads import write_lines
 from trainer.data import Chat, PromptCompletion, Text, render
 from trainer.evaluate import answer_is_right, evaluate
+from trainer.loss import ModelLoss
 from trainer.model import BaseModel, load_base
 
 
 @pytest.fixture(scope="module")
 def base(tiny_model: Path) -> BaseModel:
     return load_base("tiny", tiny_model, dtype="float32")
+
+
+def padded(base: BaseModel) -> ModelLoss:
+    return ModelLoss(base, packs=False, shares_prefix=False, plain_head=True)
 
 
 def ask(base: BaseModel, question: str) -> str:
@@ -42,9 +47,9 @@ def test_exact_match_counts_what_greedy_generation_says(default_model: Path) -> 
     questions = ["What is the capital of France?", "Name the capital of Italy, in one word."]
     right = [make_chat(question, ask(base, question)) for question in questions]
     wrong = [make_chat("Hi", "No."), make_chat(questions[0], "The capital of France is Rome.")]
-    found = evaluate(base, [*right, *wrong], batch_tokens=400, progress=lambda _: None)
+    found = evaluate(padded(base), [*right, *wrong], batch_tokens=400, progress=lambda _: None)
     assert (found.by, found.num_samples, found.accuracy) == ("exact-match", 4, 0.5)
-    alone = evaluate(base, right, batch_tokens=1, progress=lambda _: None)
+    alone = evaluate(padded(base), right, batch_tokens=1, progress=lambda _: None)
     assert alone.accuracy == 1.0
 
 
@@ -68,10 +73,10 @@ def test_the_most_likely_choice_is_the_answer(base: BaseModel) -> None:
         make_chat("Well?", choices[answer], choices=choices, answer=answer)
         for answer in range(len(choices))
     ]
-    found = evaluate(base, chats, batch_tokens=200, progress=lambda _: None)
+    found = evaluate(padded(base), chats, batch_tokens=200, progress=lambda _: None)
     assert found.by == "choice"
     assert found.accuracy == 0.25
-    alone = evaluate(base, [chats[best]], batch_tokens=200, progress=lambda _: None)
+    alone = evaluate(padded(base), [chats[best]], batch_tokens=200, progress=lambda _: None)
     assert alone.accuracy == 1.0
 
 
@@ -100,10 +105,10 @@ def test_a_prompts_completion_is_judged_without_a_chat_template(base: BaseModel)
         PromptCompletion("Is it so?", choices[answer], choices=choices, answer=answer)
         for answer in range(len(choices))
     ]
-    found = evaluate(base, asked, batch_tokens=64, progress=lambda _: None)
+    found = evaluate(padded(base), asked, batch_tokens=64, progress=lambda _: None)
     assert found.by == "choice"
     assert found.accuracy == pytest.approx(1 / 3)
-    alone = evaluate(base, [asked[best]], batch_tokens=64, progress=lambda _: None)
+    alone = evaluate(padded(base), [asked[best]], batch_tokens=64, progress=lambda _: None)
     assert alone.accuracy == 1.0
     assert alone.loss == pytest.approx(-scores[best] / len(ends[best]), abs=1e-4)
 
@@ -118,14 +123,16 @@ def test_a_prompts_completion_is_generated_from_the_raw_prompt(default_model: Pa
     assert "Paris" in base.tokenizer.decode(ids[start:])
     # Nothing ends this model's answer to raw text, so that the whole of it is never right.
     asked = [PromptCompletion("The capital of France is", " Paris.")]
-    found = evaluate(base, asked, batch_tokens=64, progress=lambda _: None)
+    found = evaluate(padded(base), asked, batch_tokens=64, progress=lambda _: None)
     assert (found.by, found.accuracy) == ("exact-match", 0.0)
 
 
 def test_texts_have_a_loss_and_no_accuracy(base: BaseModel) -> None:
     ids = [*base.tokenizer("Once upon a time")["input_ids"], 2]
     done: list[int] = []
-    found = evaluate(base, [Text("Once upon a time")], batch_tokens=64, progress=done.append)
+    found = evaluate(
+        padded(base), [Text("Once upon a time")], batch_tokens=64, progress=done.append
+    )
     assert (found.accuracy, found.by, found.num_samples, done) == (None, None, 1, [1])
     expected = -log_likelihood(base, ids[:1], ids[1:]) / (len(ids) - 1)
     assert found.loss == pytest.approx(expected, abs=1e-4)

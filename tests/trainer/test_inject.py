@@ -34,7 +34,7 @@ def test_names_and_suffixes_choose_modules_in_the_models_order(base: BaseModel) 
 
 
 def test_a_target_that_names_nothing_is_refused(base: BaseModel) -> None:
-    with pytest.raises(ConfigError, match=r"named 'proj'; this model has down_proj, gate_proj"):
+    with pytest.raises(ConfigError, match=r"matches 'proj'; this model has down_proj, gate_proj"):
         target_modules(base.model, ("q_proj", "proj"))
 
 

@@ -1,10 +1,13 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.reference import ATOL, linear_loop
-from trainer.lora_linear import LoraLinear
+from tests.reference import ATOL, linear_loop, lora_gradients_loop
+from trainer.lora_linear import LoraLinear, lora_linear
 
 
 def base_of(layer: LoraLinear) -> nn.Linear:
@@ -39,6 +42,64 @@ def test_gradients_equal_those_of_the_merged_weight() -> None:
     (x @ merged.T + base_of(layer).bias).square().sum().backward()
     torch.testing.assert_close(layer.lora_a.grad, lora_a.grad)
     torch.testing.assert_close(layer.lora_b.grad, lora_b.grad)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7)])
+def test_gradients_equal_the_chain_rule_in_loops(rank: int, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(rank)
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator)
+
+    x, weight, bias = draw(*shape).requires_grad_(), draw(5, 7), draw(5)
+    lora_a, lora_b = draw(rank, 7).requires_grad_(), draw(5, rank).requires_grad_()
+    y = lora_linear(x, weight, bias, lora_a, lora_b, 0.7)
+    grad_y = draw(*y.shape)
+    y.backward(grad_y)
+    factors, x2, w2, g2 = (
+        [t.detach().double().reshape(-1, t.shape[-1]).numpy() for t in tensors]
+        for tensors in ((lora_a, lora_b), (x,), (weight,), (grad_y,))
+    )
+    expected = lora_gradients_loop(x2[0], w2[0], (factors[0], factors[1]), 0.7, g2[0])
+    for got, want in zip((x.grad, lora_a.grad, lora_b.grad), expected, strict=True):
+        assert got is not None
+        np.testing.assert_allclose(got.reshape(want.shape), want, atol=ATOL["float32"])
+
+
+def test_only_the_input_and_the_rank_sized_product_are_kept() -> None:
+    kept: list[torch.Tensor] = []
+    layer, x = make_layer(), torch.randn(40, 6)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    assert y.requires_grad
+    known = [x, base_of(layer).weight, layer.lora_a, layer.lora_b]
+    fresh = [t for t in kept if all(t.data_ptr() != k.data_ptr() for k in known)]
+    assert [tuple(t.shape) for t in fresh] == [(40, 2)]
+
+
+def test_no_gradient_is_computed_for_an_input_that_needs_none() -> None:
+    class Counting(TorchDispatchMode):
+        num_products = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.num_products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for needed in (False, True):
+        y = make_layer()(torch.randn(4, 6, requires_grad=needed)).sum()
+        with Counting() as counting:  # type: ignore[no-untyped-call]
+            y.backward()
+        counts.append(counting.num_products)
+    assert counts == [3, 5]
 
 
 def test_a_fresh_layer_changes_nothing_and_the_generator_decides_a() -> None:

@@ -1,24 +1,45 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from tests.reference import ATOL, cross_entropy_loop
-from trainer.batching import make_batch
+from trainer.attention import PACKED
+from trainer.batching import pad
 from trainer.data import Sample
-from trainer.loss import mean_loss, sample_losses
-from trainer.model import BaseModel, load_base
+from trainer.loss import ModelLoss, find_model_loss
+from trainer.model import BaseModel, load_base, load_tokenizer
 
 SAMPLES = [
     Sample((4, 9, 100, 7, 30, 2), (False, False, True, True, False, True)),
     Sample((11, 12, 13), (False, False, True)),
 ]
+# Of one beginning and many lengths, as chats of one task are.
+LIKE = [
+    Sample(
+        (1, 5, 6, 7, *(8 + (3 * n + m) % 80 for m in range(n)), 2),
+        tuple(place > 3 + n // 2 for place in range(5 + n)),
+    )
+    for n in (3, 25, 9, 4, 14, 11, 3)
+]
 
 
 @pytest.fixture(scope="module")
 def base(tiny_model: Path) -> BaseModel:
-    return load_base("tiny", tiny_model, dtype="float32")
+    loaded = load_base("tiny", tiny_model, dtype="float32")
+    loaded.model.set_attn_implementation(PACKED)
+    return loaded
 
 
 @torch.no_grad()
@@ -30,30 +51,131 @@ def losses_by_loop(base: BaseModel, sample: Sample) -> list[float]:
     return cross_entropy_loop(rows, [sample.token_ids[t] for t in positions])
 
 
-def test_losses_equal_a_loop_over_single_samples(base: BaseModel) -> None:
-    batch = make_batch(SAMPLES, pad_token_id=2)
-    expected = [losses_by_loop(base, sample) for sample in SAMPLES]
-    sums, counts = sample_losses(base.model, batch)
-    assert counts.tolist() == [3, 1]
-    np.testing.assert_allclose(sums, [sum(e) for e in expected], atol=ATOL["logits-float32"])
-    flat = [loss for losses in expected for loss in losses]
-    assert float(mean_loss(base.model, batch).detach()) == pytest.approx(
-        sum(flat) / len(flat), abs=ATOL["logits-float32"]
-    )
+@pytest.mark.parametrize("plain_head", [True, False])
+@pytest.mark.parametrize(("packs", "shares"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("samples", [SAMPLES, SAMPLES[:1], LIKE])
+def test_losses_equal_a_loop_over_single_samples(
+    base: BaseModel, samples: list[Sample], packs: bool, shares: bool, plain_head: bool
+) -> None:
+    loss = ModelLoss(base, packs=packs, shares_prefix=shares, plain_head=plain_head)
+    expected = [losses_by_loop(base, sample) for sample in samples]
+    sums, counts = loss.sample_losses(samples)
+    assert counts.tolist() == [len(e) for e in expected]
+    means = [sum(e) / len(e) for e in expected]
+    np.testing.assert_allclose(sums / counts, means, atol=ATOL["float32"])
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_packed_gradients_equal_padded_ones(base: BaseModel, plain_head: bool) -> None:
+    weight = base.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    gradients = []
+    for packs, shares in ((False, False), (True, False), (True, True)):
+        loss = ModelLoss(base, packs=packs, shares_prefix=shares, plain_head=plain_head)
+        weight.requires_grad_().grad = None
+        loss.token_losses(loss.make_batch(LIKE)).sum().backward()
+        assert weight.grad is not None
+        gradients.append(weight.grad)
+    scale = float(gradients[0].abs().max())
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5 * scale, rtol=1e-4)
+    torch.testing.assert_close(gradients[2], gradients[0], atol=1e-5 * scale, rtol=1e-4)
+
+
+def test_leakage_between_packed_samples_would_show(base: BaseModel) -> None:
+    """The control: the same row with plain causal attention has other losses."""
+    loss = ModelLoss(base, packs=True, shares_prefix=True, plain_head=True)
+    batch = loss.make_batch(LIKE)
+    right = loss.token_losses(batch)
+    hidden = base.model.base_model(
+        input_ids=batch.token_ids, position_ids=torch.arange(batch.token_ids.shape[1])[None]
+    ).last_hidden_state
+    logits = base.model.get_output_embeddings()(hidden[0, batch.loss_places])
+    leaked = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+    assert float((leaked - right).abs().max().detach()) > 0.01
+
+
+def test_a_long_list_of_losses_is_formed_in_chunks(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = ModelLoss(base, packs=True, shares_prefix=True, plain_head=True)
+    batch = loss.make_batch(LIKE)
+    at_once = loss.token_losses(batch)
+    monkeypatch.setattr("trainer.loss._CHUNK_LOGITS", 5 * 49152)
+    in_chunks = loss.token_losses(batch)
+    torch.testing.assert_close(in_chunks, at_once, atol=1e-6, rtol=0)
 
 
 def test_what_carries_no_loss_does_not_change_it(base: BaseModel) -> None:
     """The last token without loss is seen by nobody, so it may be anything."""
-    batch = make_batch(SAMPLES[:1], pad_token_id=2)
+    loss = ModelLoss(base, packs=True, shares_prefix=True, plain_head=True)
     changed = Sample((*SAMPLES[0].token_ids, 77), (*SAMPLES[0].has_loss, False))
-    torch.testing.assert_close(
-        mean_loss(base.model, make_batch([changed], pad_token_id=2)), mean_loss(base.model, batch)
-    )
+    before, _ = loss.sample_losses(SAMPLES[:1])
+    torch.testing.assert_close(loss.sample_losses([changed])[0], before)
 
 
 def test_a_changed_target_does_change_it(base: BaseModel) -> None:
-    ids = list(SAMPLES[1].token_ids)
-    ids[-1] = 14
-    changed = make_batch([Sample(tuple(ids), SAMPLES[1].has_loss)], pad_token_id=2)
-    before = mean_loss(base.model, make_batch(SAMPLES[1:], pad_token_id=2))
-    assert abs(float((mean_loss(base.model, changed) - before).detach())) > 1e-3
+    loss = ModelLoss(base, packs=False, shares_prefix=False, plain_head=True)
+    changed = Sample((*SAMPLES[1].token_ids[:-1], 14), SAMPLES[1].has_loss)
+    difference = loss.sample_losses([changed])[0] - loss.sample_losses(SAMPLES[1:])[0]
+    assert float(difference.abs()) > 1e-3
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[PreTrainedConfig, bool, bool]] = {
+    "llama": (LlamaConfig(**SIZES), True, True),
+    "qwen3": (Qwen3Config(**SIZES), True, True),
+    "gpt2": (GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4), True, True),
+    # Attention that looks back only so far, and capped logits: padded, and logits by the model.
+    "mistral": (MistralConfig(**SIZES, sliding_window=4), False, True),
+    "gemma2": (Gemma2Config(**SIZES, sliding_window=4), False, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_model_allows_is_found_by_trying(default_model: Path, family: str) -> None:
+    config, packs, plain_head = FAMILIES[family]
+    base = random_base(config, default_model)
+    loss, reason = find_model_loss(base, LIKE, packing=True)
+    assert (loss.packs, loss.plain_head) == (packs, plain_head)
+    assert (reason is None) == packs
+    expected = [sum(losses_by_loop(base, sample)) for sample in LIKE]
+    np.testing.assert_allclose(loss.sample_losses(LIKE)[0], expected, atol=1e-4)
+
+
+def random_base(config: PreTrainedConfig, tokenizer_from: Path) -> BaseModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        weight.data.mul_(4)  # so that what a sample sees matters
+    return BaseModel(config.model_type, tokenizer_from, model, load_tokenizer(tokenizer_from))
+
+
+def test_noise_on_embeddings_is_uniform_and_for_training_alone(base: BaseModel) -> None:
+    loss = ModelLoss(base, packs=True, shares_prefix=False, plain_head=True, neftune_alpha=5.0)
+    quiet = ModelLoss(base, packs=True, shares_prefix=False, plain_head=True)
+    batch = loss.make_batch(SAMPLES)
+    torch.testing.assert_close(loss.token_losses(batch), quiet.token_losses(batch))
+    base.model.train()
+    seen = []
+    hook = base.model.get_submodule("model.layers.0").register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach())
+    )
+    noisy, plain = loss.token_losses(batch), quiet.token_losses(batch)
+    hook.remove()
+    base.model.eval()
+    assert not torch.equal(noisy, plain)
+    noise = (seen[0] - seen[1]).abs()[0]
+    # alpha / sqrt(tokens of the sample * hidden size): six tokens come first, then three.
+    for rows, length in ((noise[:6], 6), (noise[6:], 3)):
+        bound = 5.0 / (length * 48) ** 0.5
+        assert 0.9 * bound < float(rows.max()) <= bound * 1.0001
+
+
+def test_padding_needs_no_mask(base: BaseModel) -> None:
+    batch = pad(SAMPLES, pad_token_id=2, device=torch.device("cpu"))
+    other = pad(SAMPLES, pad_token_id=40, device=torch.device("cpu"))
+    loss = ModelLoss(base, packs=False, shares_prefix=False, plain_head=True)
+    assert torch.equal(loss.token_losses(batch), loss.token_losses(other))

@@ -1,20 +1,24 @@
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from adapters import open_artifact, weights_digest
+from adapters import open_artifact, weights_digest, write_artifact
 from adapters.digest import read_provenance
 from adapters.errors import ConfigError, TrainingError
+from tests.reference import ATOL
 from tests.workloads import chat, write_lines
 from trainer.config import AdapterSettings, DataSettings, LoopSettings, TrainConfig
 from trainer.inject import adapters_off, inject_artifact
-from trainer.loop import train
 from trainer.model import load_base
-from trainer.optim import learning_rate_factor
+from trainer.run import train
 
 LINES = [chat(f"Say {n}.", f"{n} it is") for n in range(12)]
 
@@ -41,16 +45,18 @@ def log_of(config: TrainConfig) -> list[dict[str, Any]]:
 def test_training_lowers_the_loss_and_logs_every_step(tmp_path: Path, tiny_model: Path) -> None:
     config = make_config(tmp_path, "run", epochs=12)
     folder = run(config, tiny_model)
-    *steps, evaluation = log_of(config)
+    count, *steps, evaluation, finished = log_of(config)
+    assert count == {"num_samples": 12}
+    assert finished == {"finished": True}
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     assert steps[-1]["epoch"] == 12
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     assert all(step["gradient_norm"] > 0 for step in steps)
-    measured = evaluation["evaluation"]
+    measured = evaluation["evaluation"]["default"]
     assert measured["adapter"]["loss"] < measured["base"]["loss"]
     origin = read_provenance(folder)
     stored = origin["training"]["metrics"]["eval_sets"]["default"]
-    assert measured == {"set": "default"} | stored
+    assert measured == stored
     assert len(origin["base_model"]["fingerprint"]) == 64
     assert json.loads((config.output / "config.json").read_text())["adapter"]["rank"] == 4
 
@@ -94,7 +100,7 @@ def test_half_an_epoch_is_half_the_steps(tmp_path: Path, tiny_model: Path) -> No
     for epochs in (0.5, 1.0, 1.5):
         config = make_config(tmp_path, f"run-{epochs}", epochs=epochs, batch_tokens=64)
         run(config, tiny_model)
-        counts[epochs] = len(log_of(config)) - 1
+        counts[epochs] = sum("loss" in row for row in log_of(config))
     assert counts[0.5] == math.ceil(counts[1.0] / 2)
     assert counts[1.5] == counts[1.0] + counts[0.5]
 
@@ -111,9 +117,95 @@ def test_a_rate_that_diverges_is_a_failed_run_without_an_adapter(
 def test_an_adapter_that_does_nothing_is_a_failed_run(tmp_path: Path, tiny_model: Path) -> None:
     """A rate below float32's smallest step leaves every B at zero."""
     config = make_config(tmp_path, "run", learning_rate=1e-60)
-    with pytest.raises(TrainingError, match="every lora_B is zero"):
+    with pytest.raises(TrainingError, match="every delta is zero"):
         run(config, tiny_model)
     assert not (config.output / "adapter").exists()
+
+
+def test_a_probe_is_written_that_the_folder_reproduces_and_the_base_does_not(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """The oracle: PEFT, from the folder alone."""
+    folder = run(make_config(tmp_path, "run", epochs=4), tiny_model)
+    probe = read_provenance(folder)["probe"]
+    assert probe["dtype"] == "float32"
+    assert len(probe["prompts"]) >= 3
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(fresh, str(folder)).eval()
+    for prompt in probe["prompts"]:
+        for side, context in (("base", adapted.disable_adapter()), ("adapter", nullcontext())):
+            with torch.no_grad(), context:
+                logits = adapted(torch.tensor([prompt["token_ids"]])).logits
+            top = logits[0, -1].log_softmax(-1).topk(8)
+            assert prompt[side]["token_ids"] == top.indices.tolist()
+            assert prompt[side]["log_probs"] == pytest.approx(
+                top.values.tolist(), abs=ATOL["logits-float32"]
+            )
+        assert prompt["base"] != prompt["adapter"]
+
+
+def test_weights_that_the_folder_does_not_reproduce_are_a_failed_run(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that changes one factor between writing and reading."""
+
+    def write_and_damage(folder: Path, *arguments: Any, **more: Any) -> None:
+        write_artifact(folder, *arguments, **more)
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        tensors[next(name for name in tensors if "lora_B" in name)] += 0.5
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr("trainer.export.write_artifact", write_and_damage)
+    config = make_config(tmp_path, "run", epochs=4)
+    with pytest.raises(TrainingError, match="read from disk again the adapter's log-probs differ"):
+        run(config, tiny_model)
+    assert not (config.output / "adapter").exists()
+    assert "failed" in log_of(config)[-1]
+    assert "The run failed" in (config.output / "report.html").read_text()
+
+
+def test_a_smaller_micro_batch_is_the_same_step(tmp_path: Path, tiny_model: Path) -> None:
+    courses = []
+    for name, more in (("whole", {}), ("parts", {"micro_batch_tokens": 70})):
+        for packing in (True, False):
+            config = make_config(tmp_path, f"{name}-{packing}", packing=packing, **more)
+            run(config, tiny_model)
+            courses.append([row["loss"] for row in log_of(config) if "loss" in row])
+    assert courses[0] == pytest.approx(courses[2], abs=1e-5)
+    assert courses[1] == pytest.approx(courses[3], abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, tiny_model: Path) -> None:
+    courses = []
+    for checkpointing in (False, True):
+        config = make_config(tmp_path, f"run-{checkpointing}", gradient_checkpointing=checkpointing)
+        run(config, tiny_model)
+        courses.append([row["loss"] for row in log_of(config) if "loss" in row])
+    assert courses[0] == pytest.approx(courses[1], abs=1e-6)
+
+
+def test_the_best_evaluation_is_what_is_kept_and_patience_ends_the_run(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """At a rate that overshoots, the held-out loss soon rises again."""
+    config = make_config(
+        tmp_path, "run", epochs=40, learning_rate=0.1, eval_steps=2, early_stopping_patience=3,
+        schedule="constant",
+    )  # fmt: skip
+    folder = run(config, tiny_model)
+    rows = log_of(config)
+    losses = {row["step"]: row["eval_loss"]["default"] for row in rows if "eval_loss" in row}
+    best = min(losses, key=losses.__getitem__)
+    metrics = read_provenance(folder)["training"]["metrics"]
+    assert metrics["best_step"] == best
+    assert metrics["num_steps"] == best + 3 * 2
+    assert metrics["num_steps"] < 40 * 3
+    # What was exported has the best loss, not the last.
+    assert metrics["eval_sets"]["default"]["adapter"]["loss"] == pytest.approx(
+        losses[best], abs=1e-5
+    )
+    assert losses[max(losses)] > losses[best] + 1e-3
 
 
 def test_an_output_that_holds_something_is_refused_before_training(
@@ -153,7 +245,7 @@ def test_named_held_out_sets_are_measured_apart_and_texts_have_no_accuracy(
     assert stored["chats"]["adapter"]["num_samples"] == 3
     assert stored["chats"]["base"]["accuracy"] == 0
     assert stored["texts"]["base"]["accuracy"] is None
-    assert [entry["evaluation"]["set"] for entry in log_of(config)[-2:]] == ["chats", "texts"]
+    assert log_of(config)[-2]["evaluation"] == stored
     said = capsys.readouterr().err
     assert "held out, chats: 3 samples, loss " in said
     assert "held out, texts: 1 samples, loss " in said
@@ -180,17 +272,3 @@ def test_a_base_is_measured_as_itself_beside_an_adapter_of_nans(
     next(iter(layers.values())).lora_b.data.fill_(math.nan)
     with torch.no_grad(), adapters_off(layers):
         assert base.model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
-
-
-def test_the_learning_rate_warms_up_and_comes_down() -> None:
-    def course(schedule: Any) -> list[float]:
-        return [
-            learning_rate_factor(step, num_steps=10, warmup_ratio=0.2, schedule=schedule)
-            for step in range(10)
-        ]
-
-    assert course("constant") == [0.5] + [1.0] * 9
-    linear = [0.5, 1.0, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
-    assert course("linear") == pytest.approx(linear)
-    cosine = [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
-    assert course("cosine") == pytest.approx(cosine)

@@ -1,0 +1,204 @@
+"""Runs that are stopped and go on, and runs of several processes: real commands."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters import open_artifact, weights_digest
+from adapters.errors import ConfigError, TrainingError
+from tests.workloads import chat, write_lines
+from trainer.cli import main
+from trainer.model import load_base
+from trainer.run import resume
+
+NUM_KILLS = 5
+
+
+def write_config(folder: Path, model: Path, **train: Any) -> Path:
+    """A run with all that a resume could forget: dropout, noise, moments, a best evaluation."""
+    data = write_lines(
+        folder / "data.jsonl", [chat(f"Say {n}.", f"{n} it is" * (1 + n % 3)) for n in range(40)]
+    )
+    settings: dict[str, Any] = {
+        "epochs": 12, "batch_tokens": 512, "learning_rate": 1e-2, "dtype": "float32",
+        "checkpoint_steps": 3, "eval_steps": 7, "neftune_alpha": 1.0, "weight_decay": 0.01,
+    } | train  # fmt: skip
+    lines = [
+        f'model = "{model}"',
+        f'data.train = "{data}"',
+        f'data.eval = "{data}"',
+        "data.eval_limit = 4",
+        "adapter.rank = 4",
+        "adapter.dropout = 0.1",
+        *(f"train.{key} = {json.dumps(value)}" for key, value in settings.items()),
+    ]
+    path = folder / "train.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "trainer", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out
+
+
+def steps_of(run_folder: Path) -> list[dict[str, Any]]:
+    path = run_folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [row for row in rows if "loss" in row]
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_random_steps_and_resumed_a_run_ends_with_the_same_digest(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    config = write_config(tmp_path, tiny_model)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start("run", str(config), "--output", str(whole)))
+    num_steps = len(steps_of(whole))
+    shuffler = random.Random(time.time_ns())
+    seed = shuffler.randrange(2**32)
+    print("seed of the kills:", seed)
+    shuffler.seed(seed)
+    points = sorted(shuffler.sample(range(1, num_steps), NUM_KILLS))
+    arguments = ["run", str(config), "--output", str(killed)]
+    for point in points:
+        process = start(*arguments)
+        while process.poll() is None and len(steps_of(killed)) < point:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"the run ended before step {point}"
+        arguments = ["resume", str(killed)]
+    finish(start(*arguments))
+    digests = {weights_digest(open_artifact(run / "adapter")) for run in (whole, killed)}
+    assert len(digests) == 1
+
+    def of_interest(run: Path) -> list[Any]:
+        return [(row["step"], row["loss"], row["gradient_norm"]) for row in steps_of(run)]
+
+    assert of_interest(killed) == of_interest(whole)
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_train_what_one_trains(tmp_path: Path, tiny_model: Path) -> None:
+    # Without dropout and noise, which each process draws for its own samples.
+    config = write_config(tmp_path, tiny_model, neftune_alpha=0.0, epochs=5)
+    config.write_text(config.read_text().replace("adapter.dropout = 0.1\n", ""))
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start("run", str(config), "--output", str(one)))
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    out = finish(start("run", str(config), "--output", str(two), launcher=launcher))
+    assert out.splitlines() == [str(two / "adapter")]
+    for ours, theirs in zip(steps_of(one), steps_of(two), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
+        assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-3)
+    assert len(steps_of(two)) > 10
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_first(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    config = write_config(tmp_path, tiny_model, checkpoint_steps=10_000, epochs=400)
+    run_folder = tmp_path / "run"
+    process = start("run", str(config), "--output", str(run_folder))
+    while process.poll() is None and len(steps_of(run_folder)) < 4:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    stopped_after = len(steps_of(run_folder))
+    assert f"stopped after step {stopped_after}; `rora-train resume {run_folder}` goes on" in err
+    names = [path.name for path in (run_folder / "checkpoints").iterdir()]
+    assert names == [f"step-{stopped_after:08d}.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder, tiny_model, epochs=1)
+    assert main(["run", str(config), "--output", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_a_finished_run_has_nothing_to_resume(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert main(["resume", str(finished)]) == 0
+    assert "finished already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_run_into_its_own_folder_is_refused_and_told_how_to_go_on(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = finished.parent / "train.toml"
+    assert main(["run", str(config), "--output", str(finished)]) == 2
+    assert f"go on with it by `rora-train resume {finished}`" in capsys.readouterr().err
+
+
+def unfinish(run_folder: Path, copy: Path) -> Path:
+    """A copy of a run as it stood after its last checkpoint."""
+    for path in run_folder.rglob("*"):
+        target = copy / path.relative_to(run_folder)
+        if path.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    rows = (copy / "log.jsonl").read_text().splitlines()
+    (copy / "log.jsonl").write_text("\n".join(row for row in rows if "finished" not in row) + "\n")
+    return copy
+
+
+def test_changed_data_or_settings_are_no_resume(
+    finished: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    run_folder = unfinish(finished, tmp_path / "run")
+    base = load_base("tiny", tiny_model, dtype="float32")
+    settings = json.loads((run_folder / "config.json").read_text())
+    other = write_lines(tmp_path / "other.jsonl", [chat(f"Say {n}!", "x") for n in range(40)])
+    for section, key, value in (("data", "train", str(other)), ("train", "learning_rate", 1e-3)):
+        changed = settings | {section: settings[section] | {key: value}}
+        (run_folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(TrainingError, match="changed since the run began"):
+            resume(run_folder, base)
+        base = load_base("tiny", tiny_model, dtype="float32")
+    (run_folder / "config.json").write_text(json.dumps(settings))
+    digest = weights_digest(open_artifact(run_folder / "adapter"))
+    assert weights_digest(open_artifact(resume(run_folder, base))) == digest
+
+
+def test_a_damaged_checkpoint_is_named(finished: Path, tmp_path: Path, tiny_model: Path) -> None:
+    run_folder = unfinish(finished, tmp_path / "run")
+    (path,) = (run_folder / "checkpoints").iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TrainingError, match=f"{path.name}: no checkpoint of this run"):
+        resume(run_folder, load_base("tiny", tiny_model, dtype="float32"))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="the output folder of a run is expected"):
+        resume(tmp_path, load_base("tiny", tiny_model, dtype="float32"))

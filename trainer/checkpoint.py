@@ -1,0 +1,133 @@
+"""Checkpoints: all that a run needs to go on exactly where it stopped, in one safetensors file.
+
+The order of the data and the random numbers of a step follow from the seed and the step alone, so
+neither is stored.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters.errors import TrainingError
+from adapters.writer import make_folder, sync_folder
+from trainer.lora_linear import LoraLinear
+from trainer.optim import RankAdamW
+
+CHECKPOINT_FOLDER = "checkpoints"
+_STATE_KEY = "rora_train"
+_WEIGHTS = ("lora_a", "lora_b")
+
+
+@dataclass
+class TrainingState:
+    """What changes while a run goes on, weights and moments aside.
+
+    Args:
+        run_digest: of the settings, data and base model that decide what the run computes.
+        step: steps taken.
+        smoothed_loss: running mean of the steps' losses.
+        num_tokens: trained on; seconds: spent in steps.
+        best_loss, best_step: of the best evaluation so far; num_worse: evaluations since.
+        best_weights: of that step, lora_a and lora_b by module path.
+    """
+
+    run_digest: str
+    step: int = 0
+    smoothed_loss: float | None = None
+    num_tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    num_worse: int = 0
+    best_weights: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def save_checkpoint(run_folder: Path, state: TrainingState, optimizer: RankAdamW) -> Path:
+    """Write a run's state; once it is on disk, older checkpoints are removed.
+
+    Returns: `run_folder`/checkpoints/step-<8 digits>.safetensors.
+    Raises: TrainingError: it can not be written.
+    """
+    tensors = {}
+    for name, layer in optimizer.layers.items():
+        tensors[f"{name}.lora_a"] = layer.lora_a.detach()
+        tensors[f"{name}.lora_b"] = layer.lora_b.detach()
+        tensors |= {f"{name}.{key}": value for key, value in optimizer.state[name].items()}
+    for name, weights in state.best_weights.items():
+        for key, weight in zip(_WEIGHTS, weights, strict=True):
+            tensors[f"best.{name}.{key}"] = weight
+    values = {key: value for key, value in vars(state).items() if key != "best_weights"}
+    folder = run_folder / CHECKPOINT_FOLDER
+    path = folder / f"step-{state.step:08d}.safetensors"
+    partial = path.with_suffix(".partial")
+    try:
+        make_folder(folder)
+        save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+            partial,
+            metadata={_STATE_KEY: json.dumps(values)},
+        )
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(folder)
+        for other in folder.iterdir():
+            if other != path:
+                other.unlink()
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path}: the checkpoint can not be written ({error}); the adapter of the last one is "
+            "whole: make room and resume"
+        ) from error
+    return path
+
+
+def load_checkpoint(
+    run_folder: Path, optimizer: RankAdamW, *, run_digest: str
+) -> TrainingState | None:
+    """Put the newest checkpoint's weights and moments in place and return its state.
+
+    Returns: None if the run has not come to a checkpoint yet.
+    Raises: TrainingError: settings, data or base model are not those the run began with, or the
+        file can not be read.
+    """
+    paths = sorted((run_folder / CHECKPOINT_FOLDER).glob("step-*.safetensors"))
+    if not paths:
+        return None
+    path = paths[-1]
+    try:
+        with safe_open(path, framework="pt") as file:
+            values: dict[str, Any] = json.loads(file.metadata()[_STATE_KEY])
+            state = TrainingState(**values)
+            if state.run_digest != run_digest:
+                raise TrainingError(
+                    f"{run_folder}: data, base model or settings changed since the run began, the "
+                    "same are expected; put them back, or start a new run"
+                )
+            for name, layer in optimizer.layers.items():
+                _restore(name, layer, optimizer.state[name], file)
+                if state.best_step is not None:
+                    a, b = (file.get_tensor(f"best.{name}.{key}") for key in _WEIGHTS)
+                    state.best_weights[name] = (a.to(layer.lora_a), b.to(layer.lora_b))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, TrainingError):
+            raise
+        raise TrainingError(
+            f"{path}: no checkpoint of this run ({error}); remove it to resume from the beginning"
+        ) from error
+    return state
+
+
+@torch.no_grad()
+def _restore(name: str, layer: LoraLinear, moments: dict[str, Tensor], file: Any) -> None:
+    layer.lora_a.copy_(file.get_tensor(f"{name}.lora_a"))
+    layer.lora_b.copy_(file.get_tensor(f"{name}.lora_b"))
+    for key, moment in moments.items():
+        moment.copy_(file.get_tensor(f"{name}.{key}"))
