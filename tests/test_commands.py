@@ -109,7 +109,7 @@ def test_flags_are_spelt_with_hyphens_or_as_in_toml(
     [
         (["--adapter.rank", "0"], "adapter.rank: found '0', input should be greater than or equal"),
         (["--adapter.rank", "25"], "adapter.rank: 25 is above 24, the smaller side of"),
-        (["--adapter.target-modules", "nope"], "no linear layer is named 'nope'"),
+        (["--adapter.target-modules", "nope"], "no linear layer matches 'nope'"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--train.schedule", "cosine", "--train.dropout", "1"], None),
         (["--model", "/nowhere"], "model '/nowhere': no such folder"),

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from adapters.config import ALL_LINEAR
 
@@ -19,6 +19,14 @@ DataSource = Annotated[
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError("true and false stand for no number or name")
+        return value
 
 
 class DataSettings(_Section):
@@ -56,7 +64,7 @@ class AdapterSettings(_Section):
     method: Literal["lora", "rora"] = Field(
         "rora", description="lora scales by alpha/rank, rora by alpha/sqrt(rank)"
     )
-    rank: int = Field(8, ge=1, strict=True, description="rank of every adapted module")
+    rank: int = Field(8, ge=1, description="rank of every adapted module")
     alpha: float = Field(16.0, gt=0, description="numerator of the scaling")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A, in training only")
     target_modules: tuple[str, ...] = Field(

@@ -21,9 +21,9 @@ from trainer.model import BaseModel
 
 # Logits that are formed at once: 64 MiB in float32, 340 rows of a vocabulary of 49,152.
 _CHUNK_LOGITS = 2**24
-# Largest difference of a token's loss between packed and single samples. Leakage between samples
-# changes losses by tenths; in 16 bits other shapes of the same product change them by hundredths.
-_PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# Mean difference of samples' losses between packed and single ones. Leakage between samples changes
+# them by tenths; in 16 bits other shapes of the same product change them by hundredths.
+_PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 # Tokens of the samples that a model's packing is tried on.
 _MAX_TRIED_TOKENS = 512
 
@@ -138,7 +138,7 @@ def _why_not_packed(padded: ModelLoss, packed: ModelLoss, samples: Sequence[Samp
     except (PackingError, TypeError, ValueError) as error:
         return str(error)
     counts = torch.tensor([len(sample.loss_places) for sample in tried])
-    difference = float(((together - alone).abs() / counts).max())
+    difference = float(((together - alone).abs() / counts).mean())
     if difference > _PACKING_TOLERANCE[padded.base.model.dtype]:
         return f"packed and single samples differ by {difference:.2g} in their loss"
     return None
@@ -180,7 +180,7 @@ def _noisy_embeddings(model: PreTrainedModel, batch: Batch, alpha: float) -> Ten
 class _HeadLoss(torch.autograd.Function):
     """Cross-entropy of hidden states through a frozen output layer, in chunks of rows.
 
-    loss[t] = logsumexp(h[t] Wᵀ + b) - (h[t] Wᵀ + b)[target[t]]. Its gradient in h, (softmax -
+    loss[t] = -log softmax(h[t] Wᵀ + b)[target[t]]. Its gradient in h, (softmax -
     onehot) W, is formed with the logits at hand, so that nothing of the vocabulary's size is kept.
     Checked against: a loop, in tests/trainer/test_loss.py.
     """
@@ -194,15 +194,14 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
-            logits = F.linear(hidden[chunk], weight, bias).float()
+            log_probs = F.linear(hidden[chunk], weight, bias).float().log_softmax(dim=1)
             target = targets[chunk, None]
-            log_sums = logits.logsumexp(dim=1, keepdim=True)
-            losses[chunk] = (log_sums - logits.gather(1, target)).squeeze(1)
+            losses[chunk] = -log_probs.gather(1, target).squeeze(1)
             if grad_hidden is not None:
                 # In place: softmax - onehot.
-                logits.sub_(log_sums).exp_()
-                logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
-                grad_hidden[chunk] = logits.to(weight.dtype) @ weight
+                grad_logits = log_probs.exp_()
+                grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
+                grad_hidden[chunk] = grad_logits.to(weight.dtype) @ weight
         ctx.grad_hidden = grad_hidden
         return losses
 
