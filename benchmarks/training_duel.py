@@ -139,12 +139,12 @@ def read_task(task: str, tokenizer: Any, limit: int) -> list[Sample]:
     return [tokenize(example, tokenizer) for example in examples]
 
 
-def our_run(base: BaseModel, samples: Sequence[Sample], *, packing: bool) -> Run:
+def our_run(base: BaseModel, samples: Sequence[Sample], *, packing: bool, rank: int = RANK) -> Run:
     """Return a run of ours with fresh layers, as rora-train makes it."""
     loss, reason = find_model_loss(base, samples, packing=packing)
     assert reason is None
     names = target_modules(base.model, ("all-linear",))
-    config = AdapterConfig(RANK, ALPHA, use_rslora=True, target_modules=tuple(names))
+    config = AdapterConfig(rank, ALPHA, use_rslora=True, target_modules=tuple(names))
     layers = inject(
         base.model, names, config, dropout=0.0, generator=torch.Generator().manual_seed(0)
     )

@@ -98,7 +98,9 @@ class LoopSettings(_Section):
         description="put samples into one row without padding, their common prefix once; where a "
         "model can not do that exactly, they are padded and the reason is said",
     )
-    learning_rate: float = Field(5e-4, gt=0, description="highest learning rate")
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto", description="highest learning rate; auto: by rank and scaling, docs/training.md"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="course of the learning rate after warm-up"
     )

@@ -75,6 +75,7 @@ def run_steps(run: Run) -> None:
         KeyboardInterrupt: stopped by a signal, after a checkpoint.
     """
     settings, state = run.config.train, run.state
+    assert settings.learning_rate != "auto"
     plan = plan_run(run.config, run.lengths, packed=run.loss.packs)
     model = run.loss.base.model
     model.train()

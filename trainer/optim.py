@@ -11,6 +11,8 @@ from trainer.lora_linear import LoraLinear
 
 Schedule = Literal["cosine", "linear", "constant"]
 
+# Learning rate * scaling * rank where training does well, see docs/training.md.
+_FIRST_STEP = 0.045
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 
@@ -67,6 +69,16 @@ def _fresh_state(layer: LoraLinear) -> dict[str, Tensor]:
         "exp_avg_sq_b": torch.zeros_like(layer.lora_b),
         "num_steps": torch.zeros(layer.rank, dtype=torch.float64, device=layer.lora_a.device),
     }
+
+
+def default_learning_rate(rank: int, scaling: float) -> float:
+    """Return the learning rate whose first AdamW step changes a layer as much at every rank.
+
+    A first step moves each number of B by the learning rate η, so the output by η * scaling *
+    sum over ranks of |A x|: in proportion to η * scaling * rank.
+    Returns: of two significant digits.
+    """
+    return float(f"{_FIRST_STEP / (scaling * rank):.1e}")
 
 
 def learning_rate_factor(

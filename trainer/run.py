@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from adapters import AdapterConfig
+from adapters import AdapterConfig, resolve_scalings
 from adapters.base_model import fingerprint
 from adapters.digest import canonical_json
 from adapters.errors import ConfigError, RoraError
@@ -32,7 +32,7 @@ from trainer.loop import EVAL_BATCH_TOKENS, Run, run_steps
 from trainer.lora_linear import LoraLinear
 from trainer.loss import ModelLoss, drops_out, find_model_loss
 from trainer.model import BaseModel
-from trainer.optim import RankAdamW
+from trainer.optim import RankAdamW, default_learning_rate
 from trainer.report import write_report
 from trainer.tracking import open_trackers
 
@@ -90,6 +90,7 @@ def train(config: TrainConfig, base: BaseModel, processes: Processes = ALONE) ->
     """
     if processes.is_first:
         check_output(config.output)
+    config = _with_learning_rate(config)
     data = load_data(config, base.tokenizer)
     if processes.is_first:
         config.output.mkdir(parents=True, exist_ok=True)
@@ -249,6 +250,16 @@ def _evaluate_sets(run: Run, data: TrainingData) -> dict[str, Any]:
     return results
 
 
+def _with_learning_rate(config: TrainConfig) -> TrainConfig:
+    """Return the settings with a number for `auto`."""
+    if config.train.learning_rate != "auto":
+        return config
+    every = "any module"
+    of_each = resolve_scalings(adapter_config(config, "", [every]), [every])[every]
+    settings = {"learning_rate": default_learning_rate(of_each.rank, of_each.scaling)}
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
+
+
 def _from_anywhere(config: TrainConfig) -> TrainConfig:
     """Return the settings with absolute paths, so that a run can be resumed from any folder."""
 
@@ -292,6 +303,7 @@ def _say_what_runs(run: Run, data: TrainingData) -> None:
         f"{config.adapter.method} of rank {config.adapter.rank} on {len(layers)} modules of "
         f"{base.name} ({num_parameters / 1e6:.2f} M parameters), {len(run.samples)} samples, "
         f"{'packed' if run.loss.packs else 'padded'}{shared}, "
+        f"learning rate {config.train.learning_rate:g}, "
         f"{base.model.dtype} on {base.model.device.type}".replace("torch.", ""),
         file=sys.stderr,
     )
