@@ -84,6 +84,11 @@ def load_base(
         ) from error
     model.eval()
     if load_in_4bit:  # placed while it was loaded
+        for module in model.modules():
+            # On processors with AVX512-BF16 bitsandbytes (seen in 0.50) repacks a layer for inference
+            # at its first forward outside training, and no gradient goes through it ever after.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         return BaseModel(name, folder, model, tokenizer)
     # transformers wraps nn.Module.to in a decorator that hides its types.
     placed: PreTrainedModel = nn.Module.to(model, "cuda" if on_gpu else "cpu")
