@@ -43,9 +43,9 @@ from trainer.inject import inject, target_modules
 from trainer.lines import read_examples
 from trainer.loop import Run, take_step
 from trainer.lora_linear import LoraLinear
-from trainer.loss import find_model_loss
-from trainer.model import BaseModel, load_base
+from trainer.model import BaseModel, load_base, load_tokenizer
 from trainer.optim import RankAdamW
+from trainer.trial import find_model_loss
 
 FOLDERS = (Path("examples"), Path("benchmarks/data"))
 SAMPLES_A_STEP = 16
@@ -81,11 +81,13 @@ class Collator:
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
         self.batches: deque[list[int]] = deque()
+        self.taken: list[list[int]] = []
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return token ids, mask and labels, [samples, longest] each."""
         indices = [row["index"] for row in rows]
         self.batches.append(indices)
+        self.taken.append(indices)
         samples = [self.samples[index] for index in indices]
         batch = pad(samples, pad_token_id=PAD_TOKEN_ID, device=torch.device("cpu"))
         labels = torch.full_like(batch.token_ids, -100).flatten()
@@ -132,7 +134,7 @@ class Duel(TrainerCallback):
         torch.use_deterministic_algorithms(mode=False)
 
 
-def read_task(task: str, tokenizer: Any, limit: int) -> list[Sample]:
+def read_task(task: str, tokenizer: Any, limit: int | None) -> list[Sample]:
     """Return the first samples of a task's training data."""
     path = next(folder / task / "train.jsonl" for folder in FOLDERS if (folder / task).exists())
     examples = read_examples(path, limit=limit).values()
@@ -141,7 +143,7 @@ def read_task(task: str, tokenizer: Any, limit: int) -> list[Sample]:
 
 def our_run(base: BaseModel, samples: Sequence[Sample], *, packing: bool, rank: int = RANK) -> Run:
     """Return a run of ours with fresh layers, as rora-train makes it."""
-    loss, reason = find_model_loss(base, samples, packing=packing)
+    loss, reason = find_model_loss(base, longest=max(map(len, samples)), packing=packing)
     assert reason is None
     names = target_modules(base.model, ("all-linear",))
     config = AdapterConfig(rank, ALPHA, use_rslora=True, target_modules=tuple(names))
@@ -161,7 +163,7 @@ def our_run(base: BaseModel, samples: Sequence[Sample], *, packing: bool, rank: 
         samples=samples,
         eval_samples={},
         optimizer=RankAdamW(layers, weight_decay=0.0),
-        state=TrainingState(run_digest=""),
+        state=TrainingState(origin={}),
         processes=Processes(),
         log=None,
     )
@@ -220,8 +222,16 @@ def peft_trainer(
 def duel(mode: str, task: str, *, num_steps: int, dtype: Dtype) -> dict[str, Any]:
     """Run one duel and return what was seen."""
     folder = find_model(None, cache=cache_folder(os.environ))
+    # Of everything there is, as a user's Trainer groups it by length.
+    samples = read_task(task, load_tokenizer(folder), limit=None)
+    if mode == "peft-alone":
+        collator = Collator(samples)
+        trainer = peft_trainer(
+            folder, samples, collator, mode=mode, num_steps=num_steps, dtype=dtype
+        )
+        trainer.train()
+        return {"peak_rss_mb": peak_rss_mb()}
     base = load_base("smollm2", folder, dtype=dtype)
-    samples = read_task(task, base.tokenizer, limit=num_steps * SAMPLES_A_STEP)
     packing = mode in {"best", "ours-alone"}
     order = list(range(len(samples)))
     random.Random(0).shuffle(order)  # noqa: S311  (an order, not a secret)
@@ -232,10 +242,6 @@ def duel(mode: str, task: str, *, num_steps: int, dtype: Dtype) -> dict[str, Any
         return {"peak_rss_mb": peak_rss_mb()}
     collator = Collator(samples)
     trainer = peft_trainer(folder, samples, collator, mode=mode, num_steps=num_steps, dtype=dtype)
-    if mode == "peft-alone":
-        del base
-        trainer.train()
-        return {"peak_rss_mb": peak_rss_mb()}
     run = our_run(base, samples, packing=packing)
     if mode != "adalora":
         begin_alike(run.optimizer.layers, trainer.model)
@@ -255,16 +261,22 @@ def duel(mode: str, task: str, *, num_steps: int, dtype: Dtype) -> dict[str, Any
     trainer.train()
     their_losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     gaps = [abs(a - b) for a, b in zip(callback.our_losses, their_losses, strict=True)]
-    theirs, ours = (
-        sum(seconds[NUM_WARM_UP:]) for seconds in (callback.their_seconds, callback.our_seconds)
-    )
+    ours = tokens_per_second(run, taken, callback.our_seconds)
+    theirs = tokens_per_second(run, collator.taken, callback.their_seconds)
     return {
-        "ratio": theirs / ours,
-        "our_samples_per_s": SAMPLES_A_STEP * (num_steps - NUM_WARM_UP) / ours,
-        "their_samples_per_s": SAMPLES_A_STEP * (num_steps - NUM_WARM_UP) / theirs,
+        "ratio": ours / theirs,
+        "our_tokens_per_s": ours,
+        "their_tokens_per_s": theirs,
         "loss_gap": max(gaps),
         "flops_vs_limit": flops_vs_limit(run, taken, callback.our_seconds),
     }
+
+
+def tokens_per_second(run: Run, taken: Sequence[Sequence[int]], seconds: Sequence[float]) -> float:
+    """Return tokens of samples, padding aside, over the steps after the first ones."""
+    steps = list(zip(taken, seconds, strict=False))[NUM_WARM_UP:]
+    num_tokens = sum(run.lengths[index] for indices, _ in steps for index in indices)
+    return num_tokens / sum(step_seconds for _, step_seconds in steps)
 
 
 def flops_vs_limit(run: Run, taken: Sequence[Sequence[int]], seconds: Sequence[float]) -> float:

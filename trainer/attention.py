@@ -21,7 +21,7 @@ PACKED = "rora_packed"
 # longest: padding costs attention, every group costs a call in every layer.
 _SHORTEST_OF_LONGEST = 0.6
 # Arguments that transformers' models pass when their attention is not plain causal softmax.
-_OTHER_ATTENTION = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
+_OTHER_ATTENTION = ("softcap", "s_aux", "position_bias", "cache")
 
 
 class PackingError(Exception):
@@ -68,10 +68,15 @@ class PackedLayout:
     Args:
         num_prefix: tokens at the row's start that every sample continues.
         groups: the samples after the prefix, in the row's order.
+        longest: tokens of the longest sample, prefix included.
     """
 
     num_prefix: int
     groups: tuple[AttentionGroup, ...]
+    longest: int
+
+    def attended(self) -> None:
+        """Hear that a layer's attention uses this layout."""
 
 
 def lay_out(num_prefix: int, lengths: Sequence[int], device: torch.device) -> PackedLayout:
@@ -102,7 +107,7 @@ def lay_out(num_prefix: int, lengths: Sequence[int], device: torch.device) -> Pa
             )
         )
         start, first = start + sum(sizes), first + len(sizes)
-    return PackedLayout(num_prefix, tuple(groups))
+    return PackedLayout(num_prefix, tuple(groups), longest=num_prefix + max(lengths))
 
 
 def packed_attention(
@@ -124,14 +129,23 @@ def packed_attention(
         attention_mask: counts only without a layout.
         packing: the row's layout.
         others: settings of models whose attention is of another kind; refused if they are set.
+            sliding_window, how far back a token sees, may be set if it takes in every sample.
     Returns: [1, num_tokens, num_heads, head_dim], new, and no attention weights.
-    Raises: PackingError: the model's attention is of another kind.
+    Raises: PackingError: the model's attention is of another kind, or looks back less far than a
+        sample is long.
     """
     if packing is None:
         attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
         return attended
+    packing.attended()
+    sliding_window = others.get("sliding_window")
+    if sliding_window is not None and sliding_window < packing.longest:
+        raise PackingError(
+            f"its attention looks back {sliding_window} tokens, the longest sample has "
+            f"{packing.longest}"
+        )
     refused = [name for name in _OTHER_ATTENTION if others.get(name) is not None]
     if refused:
         raise PackingError(f"its attention uses {', '.join(refused)}")

@@ -6,6 +6,7 @@ neither is stored.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class TrainingState:
     """What changes while a run goes on, weights and moments aside.
 
     Args:
-        run_digest: of the settings, data and base model that decide what the run computes.
+        origin: digests of all that decides what the run computes, by name.
         step: steps taken.
         smoothed_loss: running mean of the steps' losses.
         num_tokens: trained on; seconds: spent in steps.
@@ -38,7 +39,7 @@ class TrainingState:
         best_weights: of that step, lora_a and lora_b by module path.
     """
 
-    run_digest: str
+    origin: dict[str, str]
     step: int = 0
     smoothed_loss: float | None = None
     num_tokens: int = 0
@@ -78,25 +79,26 @@ def save_checkpoint(run_folder: Path, state: TrainingState, optimizer: RankAdamW
             os.fsync(file.fileno())
         partial.replace(path)
         sync_folder(folder)
-        for other in folder.iterdir():
+        for other in folder.glob("step-*.safetensors"):
             if other != path:
                 other.unlink()
     except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
         raise TrainingError(
-            f"{path}: the checkpoint can not be written ({error}); the adapter of the last one is "
-            "whole: make room and resume"
+            f"{path}: the checkpoint can not be written ({error}); the one before it is whole: "
+            "make room and resume"
         ) from error
     return path
 
 
 def load_checkpoint(
-    run_folder: Path, optimizer: RankAdamW, *, run_digest: str
+    run_folder: Path, optimizer: RankAdamW, *, origin: Mapping[str, str]
 ) -> TrainingState | None:
     """Put the newest checkpoint's weights and moments in place and return its state.
 
     Returns: None if the run has not come to a checkpoint yet.
-    Raises: TrainingError: settings, data or base model are not those the run began with, or the
-        file can not be read.
+    Raises: TrainingError: what decides the outcome is not what the run began with, or the file can
+        not be read.
     """
     paths = sorted((run_folder / CHECKPOINT_FOLDER).glob("step-*.safetensors"))
     if not paths:
@@ -106,10 +108,11 @@ def load_checkpoint(
         with safe_open(path, framework="pt") as file:
             values: dict[str, Any] = json.loads(file.metadata()[_STATE_KEY])
             state = TrainingState(**values)
-            if state.run_digest != run_digest:
+            changed = [name for name in origin if state.origin.get(name) != origin[name]]
+            if changed:
                 raise TrainingError(
-                    f"{run_folder}: data, base model or settings changed since the run began, the "
-                    "same are expected; put them back, or start a new run"
+                    f"{run_folder}: {' and '.join(changed)} changed since the run began, the same "
+                    "are expected; put them back, or start a new run"
                 )
             for name, layer in optimizer.layers.items():
                 _restore(name, layer, optimizer.state[name], file)

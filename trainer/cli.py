@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from trainer.model import BaseModel
 
 PROGRAM = "rora-train"
-_NUM_TRIED = 8  # samples that tell whether a model can be given packed ones
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +72,8 @@ def _add_config_command(
 
 def _run(config: TrainConfig) -> int:
     from trainer.distributed import started  # noqa: PLC0415  (imports torch)
-    from trainer.run import check_output, train  # noqa: PLC0415
+    from trainer.run import train  # noqa: PLC0415
+    from trainer.run_folder import check_output  # noqa: PLC0415
 
     with started(os.environ) as processes:
         if processes.is_first:
@@ -87,7 +87,8 @@ def _run(config: TrainConfig) -> int:
 def _resume(run_folder: Path) -> int:
     """Go on where the last checkpoint of a run stands; the outcome is that of an unstopped run."""
     from trainer.distributed import started  # noqa: PLC0415  (imports torch)
-    from trainer.run import read_run_config, resume  # noqa: PLC0415
+    from trainer.run import resume  # noqa: PLC0415
+    from trainer.run_folder import read_run_config  # noqa: PLC0415
 
     config = read_run_config(run_folder)
     with started(os.environ) as processes:
@@ -124,17 +125,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from trainer.evaluate import evaluate_both  # noqa: PLC0415  (imports torch)
     from trainer.inject import inject_artifact  # noqa: PLC0415
     from trainer.lines import read_examples  # noqa: PLC0415
-    from trainer.loss import find_model_loss  # noqa: PLC0415
-    from trainer.model import load_base  # noqa: PLC0415
+    from trainer.model import load_base, max_positions  # noqa: PLC0415
+    from trainer.trial import find_model_loss  # noqa: PLC0415
 
     artifact = open_artifact(arguments.adapter)
     examples = list(read_examples(local_file(arguments.data), limit=arguments.limit).values())
     folder = find_model(arguments.model, cache=cache_folder(os.environ))
     base = load_base(model_name(arguments.model), folder, dtype="auto")
-    tried = [tokenize(example, base.tokenizer) for example in examples[:_NUM_TRIED]]
-    loss, _ = find_model_loss(base, tried, packing=True)
+    longest = max(len(tokenize(example, base.tokenizer)) for example in examples)
+    loss, _ = find_model_loss(base, longest=longest, packing=True)
     layers = inject_artifact(base.model, artifact)
-    adapter, alone = evaluate_both(loss, examples, layers, batch_tokens=arguments.batch_tokens)
+    adapter, alone = evaluate_both(
+        loss,
+        examples,
+        layers,
+        batch_tokens=arguments.batch_tokens,
+        max_tokens=max_positions(base.model),
+    )
     if arguments.json:
         print(json.dumps({"base": vars(alone), "adapter": vars(adapter)}))
         return 0

@@ -5,6 +5,7 @@ once.
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +65,14 @@ class TrainingData:
 
     Args:
         samples: at least one, each with a token that carries loss.
-        num_truncated: samples that were longer than train.max_sample_tokens.
+        num_truncated: samples that were longer than `max_tokens`.
         num_cut_tokens: tokens that were cut from these.
         num_left_out: samples of which no token with loss would be left.
         duplicates: lines of data.train with the tokens of an earlier one; they are trained on.
         eval_sets: held-out examples by the set's name, possibly none.
         leaks: for each held-out set, its lines that are in data.train too.
         data_sha256: hexadecimal digest of the file of data.train.
+        max_tokens: the least of train.max_sample_tokens and what the model takes.
     """
 
     samples: tuple[Sample, ...]
@@ -81,6 +83,7 @@ class TrainingData:
     eval_sets: dict[str, tuple[Example, ...]]
     leaks: dict[str, tuple[LinePair, ...]]
     data_sha256: str
+    max_tokens: int
 
     @property
     def num_duplicates(self) -> int:
@@ -92,13 +95,13 @@ class TrainingData:
         told = []
         if self.num_truncated:
             told.append(
-                f"{self.num_truncated} samples truncated to train.max_sample_tokens, "
+                f"{self.num_truncated} samples truncated to {self.max_tokens} tokens, "
                 f"{self.num_cut_tokens} tokens cut away"
             )
         if self.num_left_out:
             told.append(
                 f"{self.num_left_out} samples left out: their tokens with loss lie beyond "
-                "train.max_sample_tokens"
+                f"the first {self.max_tokens}"
             )
         if self.duplicates:
             pairs = in_words(self.duplicates, "line {} repeats line {}")
@@ -113,8 +116,12 @@ class TrainingData:
         return told
 
 
-def load_data(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingData:
+def load_data(
+    config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", *, max_positions: int | None
+) -> TrainingData:
     """Read and tokenise the data that a run needs, held-out sets included.
+
+    Args: max_positions: the most tokens that the model takes, if it says so.
 
     Raises: DataError: the mistakes of all files: wrong lines, examples that the tokenizer's chat
         template refuses, no usable sample, a file that can not be had.
@@ -132,12 +139,13 @@ def load_data(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase") -> Trai
     held_out = {
         name: read(source, config.data.eval_limit) for name, source in config.data.eval_sets.items()
     }
-    longest = config.train.max_sample_tokens
-    cut = truncate([sample for _, sample in train.lines.values()] if train else [], longest)
+    max_tokens = min(config.train.max_sample_tokens, max_positions or sys.maxsize)
+    cut = truncate([sample for _, sample in train.lines.values()] if train else [], max_tokens)
     if train and not cut.samples:
         problems.append(
             f"{config.data.train}: the tokens with loss of all {len(train.lines)} samples lie "
-            f"beyond train.max_sample_tokens = {longest}; raise it"
+            f"beyond the first {max_tokens}; raise train.max_sample_tokens, up to what the model "
+            "takes"
         )
     if train is None or problems:
         raise DataError("; ".join(problems))
@@ -155,6 +163,7 @@ def load_data(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase") -> Trai
         },
         leaks={name: _leaks(found, first_lines) for name, found in sets.items()},
         data_sha256=train.sha256,
+        max_tokens=max_tokens,
     )
 
 

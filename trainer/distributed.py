@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from adapters.errors import ConfigError
+from adapters.errors import ConfigError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,31 @@ class Processes:
         ):
             tensor.copy_(part.view_as(tensor))
 
+    def any(self, *, truth: bool) -> bool:
+        """Tell whether `truth` holds in any process."""
+        if self.count == 1:
+            return truth
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        holds = torch.tensor([float(truth)], device=device)
+        self.sum([holds])
+        return bool(holds)
+
+    def agree(self, values: Mapping[str, str]) -> None:
+        """Make sure that all processes have the same values.
+
+        Raises: TrainingError: in every process, what they differ in.
+        """
+        if self.count == 1:
+            return
+        everyone: list[Mapping[str, str]] = [{} for _ in range(self.count)]
+        torch.distributed.all_gather_object(everyone, dict(values))
+        differing = [name for name in values if len({other[name] for other in everyone}) > 1]
+        if differing:
+            raise TrainingError(
+                f"{' and '.join(differing)} differ between the {self.count} processes, the same "
+                "are expected; give all of them the same files and versions"
+            )
+
     def wait(self) -> None:
         """Return when all processes are here."""
         if self.count > 1:
@@ -74,7 +99,7 @@ def started(environ: Mapping[str, str]) -> Iterator[Processes]:
         torch.distributed.init_process_group("nccl")
     else:
         # torchrun gives each process one thread unless told otherwise.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.local_count))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes.local_count))
         torch.distributed.init_process_group("gloo")
     try:
         yield processes

@@ -1,5 +1,6 @@
 """Held-out loss, and accuracy of answers: choice by log-likelihood, else greedy generation."""
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from trainer.batching import split_step
 from trainer.data import Example, Question, Sample, Text, prompt_token_ids, tokenize
+from trainer.dataset import truncate
 from trainer.inject import adapters_off
 from trainer.lora_linear import LoraLinear
 from trainer.loss import ModelLoss
@@ -40,7 +42,12 @@ class Evaluation:
 
 
 def evaluate(
-    loss: ModelLoss, examples: Sequence[Example], *, batch_tokens: int, progress: Progress
+    loss: ModelLoss,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int,
+    progress: Progress,
+    max_tokens: int | None = None,
 ) -> Evaluation:
     """Measure loss and accuracy of `loss.base`, with whatever adapter is in it.
 
@@ -48,6 +55,7 @@ def evaluate(
         examples: at least one; with a text among them there is no accuracy, else it is by choice if
             all have choices, and by exact match if not.
         batch_tokens: tokens of one forward, padding included.
+        max_tokens: the loss is of samples truncated to so many.
         progress: called with the number of examples done since the last call.
     """
     base = loss.base
@@ -55,7 +63,8 @@ def evaluate(
     base.model.eval()
     try:
         samples = [tokenize(example, base.tokenizer) for example in examples]
-        sums, counts = _losses(loss, samples, batch_tokens)
+        measured = truncate(samples, max_tokens or sys.maxsize).samples
+        sums, counts = _losses(loss, measured, batch_tokens)
         questions = [example for example in examples if not isinstance(example, Text)]
         by: Literal["choice", "exact-match"] | None = None
         accuracy = None
@@ -82,12 +91,19 @@ def evaluate_both(
     layers: Mapping[str, LoraLinear],
     *,
     batch_tokens: int,
+    max_tokens: int | None,
 ) -> tuple[Evaluation, Evaluation]:
-    """Return the evaluation with the adapter in `layers`, and that of the base model alone."""
+    """Return the evaluation with the adapter in `layers`, and that of the base model alone.
+
+    Args: as of `evaluate`.
+    """
+    todo = functools.partial(
+        evaluate, loss, examples, batch_tokens=batch_tokens, max_tokens=max_tokens
+    )
     with tqdm(total=2 * len(examples), desc="evaluating", unit="sample", file=sys.stderr) as bar:
-        adapter = evaluate(loss, examples, batch_tokens=batch_tokens, progress=bar.update)
+        adapter = todo(progress=bar.update)
         with adapters_off(layers):
-            alone = evaluate(loss, examples, batch_tokens=batch_tokens, progress=bar.update)
+            alone = todo(progress=bar.update)
     return adapter, alone
 
 

@@ -1,16 +1,18 @@
 """The training loop, top to bottom: plan -> batches -> steps -> checkpoints."""
 
+import hashlib
 import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,68 +73,84 @@ def run_steps(run: Run) -> None:
     """Take the run's remaining steps; then the best evaluation's weights, if any, are in place.
 
     Raises:
-        TrainingError: a loss or gradient is not finite.
+        TrainingError: a loss, a gradient or a held-out loss is not finite.
         KeyboardInterrupt: stopped by a signal, after a checkpoint.
     """
-    settings, state = run.config.train, run.state
-    assert settings.learning_rate != "auto"
     plan = plan_run(run.config, run.lengths, packed=run.loss.packs)
-    model = run.loss.base.model
-    model.train()
+    run.loss.base.model.train()
     progress = tqdm(
         total=len(plan),
-        initial=state.step,
+        initial=run.state.step,
         desc="training",
         unit="step",
         file=sys.stderr,
         disable=not run.processes.is_first,
     )
     with progress, _stopped_by_signals() as signals:
-        while state.step < len(plan) and not _is_over(run):
-            epoch, indices = plan[state.step]
-            learning_rate = settings.learning_rate * learning_rate_factor(
-                state.step,
-                num_steps=len(plan),
-                warmup_ratio=settings.warmup_ratio,
-                schedule=settings.schedule,
-            )
-            started = time.perf_counter()
-            loss, gradient_norm, stops = take_step(run, indices, learning_rate, stop=bool(signals))
-            num_tokens = sum(len(run.samples[index]) for index in indices)
-            state.seconds += time.perf_counter() - started
-            state.step += 1
-            state.num_tokens += num_tokens
-            previous = loss if state.smoothed_loss is None else state.smoothed_loss
-            state.smoothed_loss = 0.9 * previous + 0.1 * loss
-            if run.log is not None:
-                run.log.step(
-                    step=state.step,
-                    epoch=epoch,
-                    loss=loss,
-                    learning_rate=learning_rate,
-                    gradient_norm=gradient_norm,
-                    num_tokens=num_tokens,
-                    seconds=round(state.seconds, 3),
-                )
-            speed = state.num_tokens / state.seconds
-            progress.set_postfix_str(
-                f"loss {state.smoothed_loss:.3f}, {speed:.0f} tok/s", refresh=False
-            )
-            progress.update()
-            if _evaluates_at(run, state.step, num_steps=len(plan)):
-                evaluate_step(run)
-            is_last = stops or state.step == len(plan) or _is_over(run)
-            if is_last or state.step % settings.checkpoint_steps == 0:
-                if run.processes.is_first:
-                    save_checkpoint(run.folder, state, run.optimizer)
-                run.processes.wait()
-            if stops:
-                raise KeyboardInterrupt
+        while run.state.step < len(plan) and not _is_over(run):
+            stops = _next_step(run, plan, progress, stop=bool(signals))
+            _after_step(run, num_steps=len(plan), stops=stops)
+        # One that came too late to stop a step.
+        if run.processes.any(truth=bool(signals)):
+            raise KeyboardInterrupt
     with torch.no_grad():
-        for name, (lora_a, lora_b) in state.best_weights.items():
+        for name, (lora_a, lora_b) in run.state.best_weights.items():
             layer = run.optimizer.layers[name]
             layer.lora_a.copy_(lora_a)
             layer.lora_b.copy_(lora_b)
+
+
+def _next_step(
+    run: Run, plan: Sequence[tuple[float, list[int]]], progress: Any, *, stop: bool
+) -> bool:
+    """Take the next step, count and tell it; return whether any process was asked to stop."""
+    settings, state = run.config.train, run.state
+    assert settings.learning_rate != "auto"
+    epoch, indices = plan[state.step]
+    learning_rate = settings.learning_rate * learning_rate_factor(
+        state.step,
+        num_steps=len(plan),
+        warmup_ratio=settings.warmup_ratio,
+        schedule=settings.schedule,
+    )
+    started = time.perf_counter()
+    loss, gradient_norm, stops = take_step(run, indices, learning_rate, stop=stop)
+    num_tokens = sum(run.lengths[index] for index in indices)
+    state.seconds += time.perf_counter() - started
+    state.step += 1
+    state.num_tokens += num_tokens
+    previous = loss if state.smoothed_loss is None else state.smoothed_loss
+    state.smoothed_loss = 0.9 * previous + 0.1 * loss
+    if run.log is not None:
+        run.log.step(
+            step=state.step,
+            epoch=epoch,
+            loss=loss,
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            num_tokens=num_tokens,
+            seconds=round(state.seconds, 3),
+        )
+    speed = state.num_tokens / state.seconds
+    progress.set_postfix_str(f"loss {state.smoothed_loss:.3f}, {speed:.0f} tok/s", refresh=False)
+    progress.update()
+    return stops
+
+
+def _after_step(run: Run, *, num_steps: int, stops: bool) -> None:
+    """Evaluate and write a checkpoint where they are due."""
+    settings, state = run.config.train, run.state
+    is_last = state.step == num_steps
+    evaluates = settings.eval_steps is not None and bool(run.eval_samples)
+    if evaluates and (is_last or state.step % (settings.eval_steps or 1) == 0):
+        evaluate_step(run)
+    if is_last or stops or _is_over(run) or state.step % settings.checkpoint_steps == 0:
+        run.processes.agree({"the weights": digest_of(run.weights)})
+        if run.processes.is_first:
+            save_checkpoint(run.folder, state, run.optimizer)
+        run.processes.wait()
+    if stops:
+        raise KeyboardInterrupt
 
 
 def take_step(
@@ -183,6 +201,12 @@ def take_step(
 def evaluate_step(run: Run) -> None:
     """Measure the loss on every held-out set; keep the weights if their mean is the best so far."""
     losses = {name: _held_out_loss(run, samples) for name, samples in run.eval_samples.items()}
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {run.state.step}: the held-out loss of {name} is {loss}, a finite number is "
+                "expected; try a lower train.learning_rate"
+            )
     state, mean = run.state, sum(losses.values()) / len(losses)
     is_best = state.best_loss is None or mean < state.best_loss
     if is_best:
@@ -208,10 +232,10 @@ def plan_run(
     """Return (passes over the data so far, indices of samples) for each step of the run."""
     plan = []
     for epoch in range(math.ceil(config.train.epochs)):
-        # Distinct for every seed and epoch.
         steps = plan_epoch(
             lengths,
             batch_tokens=config.train.batch_tokens,
+            # Distinct for every seed and epoch.
             seed=config.train.seed * 1_000_003 + epoch,
             packed=packed,
         )
@@ -221,10 +245,12 @@ def plan_run(
     return plan
 
 
-def _evaluates_at(run: Run, step: int, *, num_steps: int) -> bool:
-    """Tell whether held-out losses are due: every so many steps, and after the last."""
-    every = run.config.train.eval_steps
-    return bool(every and run.eval_samples) and (step % (every or 1) == 0 or step == num_steps)
+def digest_of(weights: Iterable[Tensor]) -> str:
+    """Return the hexadecimal sha256 of numbers, for processes to compare theirs."""
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _is_over(run: Run) -> bool:
@@ -268,11 +294,12 @@ def _stopped_by_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received  # signals reach the main thread alone
         return
-    previous: dict[signal.Signals, object] = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def receive(number: int, _: FrameType | None) -> None:
         received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for other, handler in previous.items():
+            signal.signal(other, handler)
         tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -281,4 +308,4 @@ def _stopped_by_signals() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)

@@ -1,12 +1,12 @@
 """Cross-entropy of the tokens that carry loss, without computing what no loss needs.
 
 Owns how samples go through a model: packed or padded, and which logits are formed. What a model
-allows is found out on the model itself, so that the fast way is only taken where it gives the same
-losses.
+allows is found out in trial.py.
 """
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.attention import PACKED, PackingError
 from trainer.batching import Batch, pack, pad
 from trainer.data import Sample
 from trainer.model import BaseModel
 
 # Logits that are formed at once: 64 MiB in float32, 340 rows of a vocabulary of 49,152.
 _CHUNK_LOGITS = 2**24
-# Mean difference of samples' losses between packed and single ones. Leakage between samples changes
-# them by tenths; in 16 bits other shapes of the same product change them by hundredths.
-_PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-# Tokens of the samples that a model's packing is tried on.
-_MAX_TRIED_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -35,6 +29,8 @@ class ModelLoss:
     Args:
         base: the model, with whatever adapter is in it.
         packs: samples stand in one row; else they are padded.
+        longest_packed: tokens of the longest sample that may be packed; a batch with a longer
+            one is padded.
         shares_prefix: the tokens that all samples of a row begin with are computed once.
         plain_head: the logits are just the output layer's; then only those of tokens with loss are
             formed, in chunks, and none is kept for the backward pass.
@@ -45,12 +41,13 @@ class ModelLoss:
     packs: bool
     shares_prefix: bool
     plain_head: bool
+    longest_packed: int = sys.maxsize
     neftune_alpha: float = 0.0
 
     def make_batch(self, samples: Sequence[Sample]) -> Batch:
         """Return samples as this model takes them, on its device."""
         device = self.base.model.device
-        if self.packs:
+        if self.packs and max(map(len, samples)) <= self.longest_packed:
             return pack(samples, share_prefix=self.shares_prefix, device=device)
         return pad(samples, pad_token_id=self.base.pad_token_id, device=device)
 
@@ -64,10 +61,9 @@ class ModelLoss:
             inputs["input_ids"] = batch.token_ids
         if batch.layout is not None:
             inputs["packing"] = batch.layout
-            # Of four dimensions, so that transformers makes none of its own.
-            inputs["attention_mask"] = batch.token_ids.new_empty(1, 1, 0, 0)
+            inputs["attention_mask"] = no_mask(model)
         if self.plain_head:
-            hidden = _body(model)(**inputs).last_hidden_state.flatten(0, 1)[batch.loss_places]
+            hidden = body(model)(**inputs).last_hidden_state.flatten(0, 1)[batch.loss_places]
             head = model.get_output_embeddings()
             assert isinstance(head, nn.Linear)
             losses: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
@@ -86,80 +82,15 @@ class ModelLoss:
         return sums, torch.bincount(batch.owners, minlength=len(samples))
 
 
-def find_model_loss(
-    base: BaseModel, samples: Sequence[Sample], *, packing: bool
-) -> tuple[ModelLoss, str | None]:
-    """Return the fastest ModelLoss that gives this model's own losses, by trying it.
+def no_mask(model: PreTrainedModel) -> Tensor:
+    """Return a mask of four dimensions, for which transformers makes none of its own.
 
-    Args:
-        samples: some of those to come, of different lengths.
-        packing: false: do not pack, whether it works or not.
-    Returns: and why the samples are padded, if they are though packing was asked for.
+    Nothing reads it: a packed row's layout says who sees whom.
     """
-    was_training = base.model.training
-    base.model.eval()
-    try:
-        padded = ModelLoss(
-            base, packs=False, shares_prefix=False, plain_head=_has_plain_head(base.model)
-        )
-        if not packing:
-            return padded, None
-        packed = replace(padded, packs=True, shares_prefix=True)
-        reason = _why_not_packed(padded, packed, samples)
-    finally:
-        base.model.train(was_training)
-    if reason is None:
-        return packed, None
-    base.model.set_attn_implementation("sdpa")
-    return padded, reason
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
 
 
-def drops_out(model: nn.Module) -> bool:
-    """Tell whether the model, an adapter's own layers aside, drops values in training."""
-    return any(
-        (isinstance(module, nn.Dropout) and module.p > 0)
-        or float(getattr(module, "attention_dropout", 0) or 0) > 0
-        for module in model.modules()
-    )
-
-
-def _why_not_packed(padded: ModelLoss, packed: ModelLoss, samples: Sequence[Sample]) -> str | None:
-    """Compare the losses of a few samples in one row with those of each alone."""
-    tried: list[Sample] = []
-    # The shortest ones first; two at least, or nothing could leak.
-    for sample in sorted(samples, key=len):
-        if len(tried) >= 2 and sum(map(len, tried)) + len(sample) > _MAX_TRIED_TOKENS:
-            break
-        tried.append(sample)
-    alone = torch.cat([padded.sample_losses([sample])[0] for sample in tried])
-    try:
-        padded.base.model.set_attn_implementation(PACKED)
-        together, _ = packed.sample_losses(tried)
-    except (PackingError, TypeError, ValueError) as error:
-        return str(error)
-    counts = torch.tensor([len(sample.loss_places) for sample in tried])
-    difference = float(((together - alone).abs() / counts).mean())
-    if difference > _PACKING_TOLERANCE[padded.base.model.dtype]:
-        return f"packed and single samples differ by {difference:.2g} in their loss"
-    return None
-
-
-@torch.no_grad()
-def _has_plain_head(model: PreTrainedModel) -> bool:
-    """Tell whether the model's logits are just its output layer applied to its body's output.
-
-    Some models scale or cap them; asked by computing both for a few tokens.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or _body(model) is model:
-        return False
-    token_ids = torch.arange(1, 5, device=model.device)[None]
-    hidden = _body(model)(input_ids=token_ids, use_cache=False).last_hidden_state
-    logits = model(input_ids=token_ids, use_cache=False).logits
-    return bool(torch.equal(head(hidden).to(logits.dtype), logits))
-
-
-def _body(model: PreTrainedModel) -> PreTrainedModel:
+def body(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model without its output layer."""
     body = model.base_model
     assert isinstance(body, PreTrainedModel)

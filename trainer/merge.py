@@ -28,7 +28,7 @@ from trainer.inject import adapters_off, inject_artifact
 from trainer.lora_linear import LoraLinear
 from trainer.merge_tolerance import Difference, Dtype, Tolerance, tolerance_for
 from trainer.model import load_base
-from trainer.run import check_output
+from trainer.run_folder import check_output
 
 _DTYPES: dict[str, Dtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CONFIG_FILE = "config.json"

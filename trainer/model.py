@@ -36,7 +36,7 @@ class BaseModel:
 
     @property
     def pad_token_id(self) -> int:
-        """Id that fills batches; its value never matters, it is masked."""
+        """Id that fills batches on the right, where no token with loss can see it."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
@@ -85,10 +85,10 @@ def load_base(
     model.eval()
     if load_in_4bit:  # placed while it was loaded
         for module in model.modules():
-            # On processors with AVX512-BF16 bitsandbytes (seen in 0.50) repacks a layer for inference
-            # at its first forward outside training, and no gradient goes through it ever after.
+            # On processors with AVX512-BF16 bitsandbytes (seen in 0.50) repacks a layer for
+            # inference at its first forward outside training: no gradient goes through it then.
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (typed by torch)
         return BaseModel(name, folder, model, tokenizer)
     # transformers wraps nn.Module.to in a decorator that hides its types.
     placed: PreTrainedModel = nn.Module.to(model, "cuda" if on_gpu else "cpu")
@@ -122,6 +122,12 @@ def _four_bits(dtype: torch.dtype) -> dict[str, Any]:
     )
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Return the most tokens that the model was made for, if it says so."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def empty_model(folder: Path) -> PreTrainedModel:

@@ -78,8 +78,10 @@ def make_probe(
     adapter = prompt_log_probs(base.model, prompts)
     with adapters_off(layers):
         alone = prompt_log_probs(base.model, prompts)
+    is_quantized = getattr(base.model.config, "quantization_config", None) is not None
     probe = {
         "dtype": str(base.model.dtype).removeprefix("torch."),
+        **({"quantization": "nf4"} if is_quantized else {}),
         "prompts": [
             {"token_ids": list(prompt), "base": _top(without), "adapter": _top(with_)}
             for prompt, without, with_ in zip(prompts, alone, adapter, strict=True)

@@ -1,83 +1,53 @@
 """A training run from its settings to a proved adapter folder; and going on with one that stopped.
 
-Owns the run's folder: config.json, log.jsonl, checkpoints/, adapter/, report.html.
+Owns the order of things; the loop itself is loop.py's.
 """
 
 import hashlib
-import os
 import sys
 from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from adapters import AdapterConfig, resolve_scalings
+from adapters import AdapterConfig
 from adapters.base_model import fingerprint
 from adapters.digest import canonical_json
 from adapters.errors import ConfigError, RoraError
-from adapters.writer import replace_file, write_provenance
+from adapters.writer import write_provenance
 from trainer.checkpoint import TrainingState, load_checkpoint
 from trainer.config import TrainConfig
-from trainer.data import tokenize
-from trainer.dataset import TrainingData, load_data
+from trainer.data import Sample, tokenize
+from trainer.dataset import TrainingData, load_data, truncate
 from trainer.distributed import Processes
 from trainer.evaluate import compared, evaluate_both
 from trainer.export import adapter_config, export, peft_targets, provenance
 from trainer.inject import check_ranks, inject, target_modules
-from trainer.log import LOG_FILE, LogWriter, read_log
+from trainer.log import LogWriter, read_log
 from trainer.loop import EVAL_BATCH_TOKENS, Run, run_steps
 from trainer.lora_linear import LoraLinear
-from trainer.loss import ModelLoss, drops_out, find_model_loss
-from trainer.model import BaseModel
-from trainer.optim import RankAdamW, default_learning_rate
+from trainer.loss import ModelLoss
+from trainer.model import BaseModel, max_positions
+from trainer.optim import RankAdamW
 from trainer.report import write_report
+from trainer.run_folder import (
+    check_output,
+    owned,
+    read_run_config,
+    with_learning_rate,
+    write_run_config,
+)
 from trainer.tracking import open_trackers
+from trainer.trial import find_model_loss
 
 ADAPTER_FOLDER = "adapter"
-CONFIG_FILE = "config.json"
 ALONE = Processes()
-
-
-def check_output(output: Path) -> None:
-    """Refuse an output folder that can not be used, before any time is spent.
-
-    Raises: ConfigError: it holds something already, or something above it is no folder.
-    """
-    if (output / CONFIG_FILE).exists() and (output / LOG_FILE).exists():
-        raise ConfigError(
-            f"output: {output} holds a run already, a new or empty folder is expected; go on with "
-            f"it by `rora-train resume {output}`, or choose another"
-        )
-    if output.is_dir() and any(output.iterdir()):
-        raise ConfigError(
-            f"output: {output} holds something already, a new or empty folder is expected; "
-            "choose another or remove it"
-        )
-    standing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not standing.is_dir() or not os.access(standing, os.W_OK):
-        raise ConfigError(
-            f"output: {output} can not be made, {standing} is no folder that can be written; "
-            "choose another"
-        )
-
-
-def read_run_config(run_folder: Path) -> TrainConfig:
-    """Return the settings of a run that was begun.
-
-    Raises: ConfigError: the folder is no run's.
-    """
-    path = run_folder / CONFIG_FILE
-    try:
-        return TrainConfig.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{run_folder}: no {CONFIG_FILE} in it, the output folder of a run is expected"
-        ) from None
-    except (OSError, ValidationError) as error:
-        raise ConfigError(f"{path}: not the settings of a run ({error})") from error
 
 
 def train(config: TrainConfig, base: BaseModel, processes: Processes = ALONE) -> Path:
@@ -90,13 +60,9 @@ def train(config: TrainConfig, base: BaseModel, processes: Processes = ALONE) ->
     """
     if processes.is_first:
         check_output(config.output)
-    config = _with_learning_rate(config)
-    data = load_data(config, base.tokenizer)
-    if processes.is_first:
-        config.output.mkdir(parents=True, exist_ok=True)
-        text = _from_anywhere(config).model_dump_json(indent=2) + "\n"
-        replace_file(config.output / CONFIG_FILE, text.encode())
-    return _run(config, base, data, processes)
+    config = with_learning_rate(config)
+    with owned(config.output) if processes.is_first else nullcontext():
+        return _run(config, base, processes, begins=True)
 
 
 def resume(run_folder: Path, base: BaseModel, processes: Processes = ALONE) -> Path:
@@ -108,20 +74,33 @@ def resume(run_folder: Path, base: BaseModel, processes: Processes = ALONE) -> P
     config = read_run_config(run_folder).model_copy(update={"output": run_folder})
     rows = read_log(run_folder)
     if rows and "finished" in rows[-1]:
-        print(f"{run_folder}: finished already", file=sys.stderr)
-        return run_folder / ADAPTER_FOLDER
-    return _run(config, base, load_data(config, base.tokenizer), processes)
+        if (run_folder / ADAPTER_FOLDER).exists():
+            print(f"{run_folder}: finished already", file=sys.stderr)
+            return run_folder / ADAPTER_FOLDER
+        print(f"{run_folder}: finished, but its adapter is gone; writing it again", file=sys.stderr)
+    with owned(run_folder) if processes.is_first else nullcontext():
+        return _run(config, base, processes, begins=False)
 
 
-def _run(config: TrainConfig, base: BaseModel, data: TrainingData, processes: Processes) -> Path:
+def _run(config: TrainConfig, base: BaseModel, processes: Processes, *, begins: bool) -> Path:
+    data = load_data(config, base.tokenizer, max_positions=max_positions(base.model))
+    held_out = {
+        name: truncate(
+            [tokenize(example, base.tokenizer) for example in examples], data.max_tokens
+        ).samples
+        for name, examples in data.eval_sets.items()
+    }
     base_fingerprint = fingerprint(base.folder)
-    model_loss, layers, description = _prepare(config, base, data, processes)
+    model_loss, layers, description = _prepare(config, base, data, held_out, processes)
     optimizer = RankAdamW(layers, weight_decay=config.train.weight_decay)
-    digest = _run_digest(config, data, base_fingerprint)
-    state = load_checkpoint(config.output, optimizer, run_digest=digest)
-    state = state or TrainingState(run_digest=digest)
+    origin = _origin(config, data, held_out, base_fingerprint, model_loss)
+    state = load_checkpoint(config.output, optimizer, origin=origin)
+    state = state or TrainingState(origin)
+    processes.agree(origin | {"the step": str(state.step)})
     log = None
     if processes.is_first:
+        if begins:
+            write_run_config(config)
         trackers = open_trackers(config.tracking, config.output, config.model_dump_json())
         log = LogWriter(config.output, trackers, after_step=state.step)
     run = Run(
@@ -129,60 +108,65 @@ def _run(config: TrainConfig, base: BaseModel, data: TrainingData, processes: Pr
         folder=config.output,
         loss=model_loss,
         samples=data.samples,
-        eval_samples={
-            name: [tokenize(example, base.tokenizer) for example in examples]
-            for name, examples in data.eval_sets.items()
-        },
+        eval_samples=held_out,
         optimizer=optimizer,
         state=state,
         processes=processes,
         log=log,
     )
-    folder = config.output / ADAPTER_FOLDER
-    try:
-        if log is not None:
-            _say_what_runs(run, data)
-            log.samples(len(data.samples))
+    with _told(run):
+        _say_what_runs(run, data)
         run_steps(run)
-        if log is not None:
-            _finish(run, data, description, base_fingerprint)
-            log.finished()
-    except RoraError as error:
-        if log is not None:
-            log.failed(str(error))
-            write_report(config.output, folder)
-        raise
+        _finish(run, data, description, base_fingerprint)
+    return config.output / ADAPTER_FOLDER
+
+
+@contextmanager
+def _told(run: Run) -> Iterator[None]:
+    """Write into the log how the block ended, and close it."""
+    if run.log is None:
+        yield
+        return
+    try:
+        yield
+        run.log.finished()
     except KeyboardInterrupt:
-        if log is not None:
-            print(
-                f"stopped after step {state.step}; `rora-train resume {config.output}` goes on",
-                file=sys.stderr,
-            )
+        print(
+            f"stopped after step {run.state.step}; `rora-train resume {run.folder}` goes on",
+            file=sys.stderr,
+        )
+        raise
+    except Exception as error:
+        is_ours = isinstance(error, RoraError)
+        run.log.failed(str(error) if is_ours else f"{type(error).__name__}: {error}")
+        with suppress(RoraError, OSError):  # the first error is what counts
+            write_report(run.folder, run.folder / ADAPTER_FOLDER)
         raise
     finally:
-        if log is not None:
-            log.close()
-    return folder
+        run.log.close()
 
 
 def _prepare(
-    config: TrainConfig, base: BaseModel, data: TrainingData, processes: Processes
+    config: TrainConfig,
+    base: BaseModel,
+    data: TrainingData,
+    held_out: Mapping[str, Sequence[Sample]],
+    processes: Processes,
 ) -> tuple[ModelLoss, dict[str, LoraLinear], AdapterConfig]:
     """Put fresh layers into the model; the seed alone decides their weights."""
     settings = config.train
     torch.use_deterministic_algorithms(mode=True, warn_only=base.model.device.type != "cpu")
     # That mode also fills all fresh memory, which only helps code that reads what it never wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    model_loss, why_padded = find_model_loss(base, data.samples, packing=settings.packing)
+    longest = max(map(len, chain(data.samples, *held_out.values())))
+    model_loss, why_padded = find_model_loss(base, longest=longest, packing=settings.packing)
     if why_padded is not None and processes.is_first:
         print(f"samples are padded, not packed: {why_padded}", file=sys.stderr)
-    random_in_training = (
-        config.adapter.dropout > 0 or settings.neftune_alpha > 0 or drops_out(base.model)
-    )
+    draws = config.adapter.dropout > 0 or settings.neftune_alpha > 0
     model_loss = replace(
         model_loss,
         # What is shared must be alike in all samples.
-        shares_prefix=model_loss.shares_prefix and not random_in_training,
+        shares_prefix=model_loss.shares_prefix and not draws,
         neftune_alpha=settings.neftune_alpha,
     )
     if settings.gradient_checkpointing:
@@ -205,8 +189,9 @@ def _prepare(
 def _finish(
     run: Run, data: TrainingData, description: AdapterConfig, base_fingerprint: str
 ) -> None:
-    """Export and prove the adapter, measure it, and draw the report."""
-    assert run.log is not None
+    """Export and prove the adapter, measure it, and draw the report; the first process does."""
+    if run.log is None:
+        return
     config, base, state = run.config, run.loss.base, run.state
     metrics: dict[str, Any] = {
         "train_loss": state.smoothed_loss,
@@ -244,58 +229,47 @@ def _evaluate_sets(run: Run, data: TrainingData) -> dict[str, Any]:
             examples,
             run.optimizer.layers,
             batch_tokens=run.batch_tokens(EVAL_BATCH_TOKENS),
+            max_tokens=max(map(len, run.eval_samples[name])),
         )
         results[name] = {"adapter": asdict(adapter), "base": asdict(alone)}
         print(f"held out, {name}: {compared(adapter, alone)}", file=sys.stderr)
     return results
 
 
-def _with_learning_rate(config: TrainConfig) -> TrainConfig:
-    """Return the settings with a number for `auto`."""
-    if config.train.learning_rate != "auto":
-        return config
-    every = "any module"
-    of_each = resolve_scalings(adapter_config(config, "", [every]), [every])[every]
-    settings = {"learning_rate": default_learning_rate(of_each.rank, of_each.scaling)}
-    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
-
-
-def _from_anywhere(config: TrainConfig) -> TrainConfig:
-    """Return the settings with absolute paths, so that a run can be resumed from any folder."""
-
-    def absolute(source: str | None) -> str | None:
-        is_local = source is not None and Path(source).exists()
-        return str(Path(source or "").absolute()) if is_local else source
-
-    data = config.data
-    sets: Any = data.eval
-    sets = (
-        {name: absolute(source) for name, source in sets.items()}
-        if isinstance(sets, dict)
-        else absolute(sets)
-    )
-    return config.model_copy(
-        update={
-            "data": data.model_copy(update={"train": absolute(data.train), "eval": sets}),
-            "model": absolute(config.model),
-            "output": config.output.absolute(),
-        }
-    )
-
-
-def _run_digest(config: TrainConfig, data: TrainingData, base_fingerprint: str) -> str:
-    """Return a digest of all that decides the weights: settings, samples and base model."""
+def _origin(
+    config: TrainConfig,
+    data: TrainingData,
+    held_out: Mapping[str, Sequence[Sample]],
+    base_fingerprint: str,
+    loss: ModelLoss,
+) -> dict[str, str]:
+    """Return all that decides the weights, by name, in short."""
     settings = config.model_dump(mode="json", include={"adapter", "train"})
     settings["train"].pop("checkpoint_steps")
-    digest = hashlib.sha256(canonical_json(settings) + base_fingerprint.encode())
-    for samples in (data.samples, *data.eval_sets.values()):
-        digest.update(str(len(samples)).encode())
-    for sample in data.samples:
-        digest.update(array("q", (*sample.token_ids, -1, *sample.loss_places, -2)).tobytes())
+    return {
+        "settings": hashlib.sha256(canonical_json(settings)).hexdigest(),
+        "the training data": _samples_digest([data.samples]),
+        "the held-out data": _samples_digest(held_out.values()),
+        "the base model": base_fingerprint,
+        "the way of computing": f"{loss.base.model.dtype} on {loss.base.model.device.type}, "
+        f"packed {loss.packs}, prefix {loss.shares_prefix}, torch {version('torch')}, "
+        f"transformers {version('transformers')}",
+    }
+
+
+def _samples_digest(sets: Iterable[Sequence[Sample]]) -> str:
+    digest = hashlib.sha256()
+    for samples in sets:
+        digest.update(array("q", [-3, len(samples)]).tobytes())
+        for sample in samples:
+            digest.update(array("q", (*sample.token_ids, -1, *sample.loss_places, -2)).tobytes())
     return digest.hexdigest()
 
 
 def _say_what_runs(run: Run, data: TrainingData) -> None:
+    if run.log is None:
+        return
+    run.log.samples(len(data.samples))
     config, base, layers = run.config, run.loss.base, run.optimizer.layers.values()
     num_parameters = sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers)
     shared = " (common prefix once)" if run.loss.shares_prefix else ""

@@ -7,14 +7,14 @@ from transformers import PreTrainedTokenizerBase
 
 from adapters.base_model import model_name
 from adapters.errors import ConfigError, RoraError
-from trainer.batching import plan_epoch
 from trainer.config import TrainConfig
 from trainer.data import Sample
 from trainer.dataset import LinePair, TrainingData, in_words, load_data
 from trainer.export import adapter_config
 from trainer.inject import check_ranks, target_modules
-from trainer.model import empty_model, load_tokenizer
-from trainer.run import check_output
+from trainer.loop import plan_run
+from trainer.model import empty_model, load_tokenizer, max_positions
+from trainer.run_folder import check_output
 
 # Brackets that no data is likely to hold.
 _LOSS_BEGINS, _LOSS_ENDS = "⟦", "⟧"
@@ -47,13 +47,19 @@ def validate(config: TrainConfig, model_folder: Path, *, bold: bool = False) -> 
             problems.append(str(error))
     try:
         tokenizer = load_tokenizer(model_folder)
-        data = load_data(config, tokenizer)
+        positions = max_positions(empty_model(model_folder))
+        data = load_data(config, tokenizer, max_positions=positions)
     except RoraError as error:
         problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))
-    plan = _first_epoch(config, data)
-    batch = next(indices for indices in plan if 0 in indices)
+    lengths = [len(sample) for sample in data.samples]
+    one_epoch = config.train.model_copy(update={"epochs": 1.0})
+    # Whether a model can be given packed samples is found out when a run starts.
+    plan = plan_run(
+        config.model_copy(update={"train": one_epoch}), lengths, packed=config.train.packing
+    )
+    batch = next(indices for _, indices in plan if 0 in indices)
     # The first sample is the one of the file's first lines, which its writer knows.
     shown = [data.samples[index] for index in sorted(batch)]
     return "\n".join(
@@ -87,7 +93,7 @@ def _facts(config: TrainConfig, data: TrainingData, *, num_steps: int) -> list[s
         ),
         (
             "truncated",
-            f"{data.num_truncated} samples to {config.train.max_sample_tokens} tokens, "
+            f"{data.num_truncated} samples to {data.max_tokens} tokens, "
             f"{data.num_cut_tokens} tokens cut away",
         ),
         ("left out", f"{data.num_left_out} samples, for no token with loss was left"),
@@ -110,16 +116,6 @@ def _counted(pairs: Sequence[LinePair], words: str) -> str:
 def _quantile(ordered: Sequence[int], percent: int) -> int:
     """Return the smallest value that at least so many percent do not exceed."""
     return ordered[-(-len(ordered) * percent // 100) - 1]
-
-
-def _first_epoch(config: TrainConfig, data: TrainingData) -> list[list[int]]:
-    """Return the batches of an epoch, as indices of samples."""
-    return plan_epoch(
-        [len(sample) for sample in data.samples],
-        batch_tokens=config.train.batch_tokens,
-        seed=config.train.seed,
-        packed=config.train.packing,
-    )
 
 
 def _batch_lines(

@@ -39,7 +39,7 @@ def load(
         data=DataSettings(**settings),
         train=LoopSettings(max_sample_tokens=max_sample_tokens),
     )
-    return load_data(config, tokenizer)
+    return load_data(config, tokenizer, max_positions=None)
 
 
 def text(num_tokens: int, word: str = "a") -> dict[str, str]:
@@ -58,7 +58,7 @@ def test_long_samples_are_truncated_at_the_end_and_counted(
     assert data.samples[3] == Sample(whole.token_ids[:10], whole.has_loss[:10])
     assert data.samples[1].token_ids[-1] == tokenizer.eos_token_id
     assert data.samples[2].token_ids[-1] != tokenizer.eos_token_id
-    assert data.remarks() == ["2 samples truncated to train.max_sample_tokens, 8 tokens cut away"]
+    assert data.remarks() == ["2 samples truncated to 10 tokens, 8 tokens cut away"]
 
 
 def test_a_sample_whose_answer_is_cut_away_is_left_out_and_counted(
@@ -73,7 +73,7 @@ def test_a_sample_whose_answer_is_cut_away_is_left_out_and_counted(
     (kept,) = data.samples
     assert kept.loss_places == (4,)
     assert (data.num_truncated, data.num_cut_tokens, data.num_left_out) == (1, 2, 1)
-    with pytest.raises(DataError, match=r"of all 2 samples lie beyond train\.max_sample.* = 3; ra"):
+    with pytest.raises(DataError, match=r"of all 2 samples lie beyond the first 3; ra"):
         load(tmp_path, tokenizer, train=lines, max_sample_tokens=3)
 
 

@@ -3,7 +3,6 @@ import pytest
 import torch
 from torch import nn
 
-from adapters import AdapterConfig, resolve_scalings
 from tests.reference import ATOL, adamw_loop
 from trainer.lora_linear import LoraLinear
 from trainer.optim import RankAdamW, default_learning_rate, learning_rate_factor
@@ -72,25 +71,11 @@ def test_a_rank_that_begins_later_is_corrected_by_its_own_age() -> None:
     assert np.abs(layer.lora_a[1].detach().numpy() - aged).max() > 1e-3
 
 
-@pytest.mark.parametrize("use_rslora", [True, False])
-def test_the_default_rate_makes_first_steps_alike_at_every_rank(use_rslora: bool) -> None:
-    """One step of AdamW changes a layer's output for what it saw by about the same norm."""
-    changes = []
-    for rank in (32, 256):
-        generator = torch.Generator().manual_seed(3)
-        config = AdapterConfig(rank, 16, use_rslora=use_rslora)
-        scaling = resolve_scalings(config, ["m"])["m"].scaling
-        base = nn.Linear(256, 256, bias=False).requires_grad_(False)
-        layer = LoraLinear(
-            base, 256, 256, rank=rank, scaling=scaling, dropout=0.0, generator=generator
-        )
-        x = torch.randn(1, 256, generator=generator)
-        y = layer(x)
-        (y * torch.randn(y.shape, generator=generator)).sum().backward()
-        before = y.detach()
-        RankAdamW({"m": layer}, weight_decay=0.0).step(default_learning_rate(rank, scaling))
-        changes.append(float((layer(x).detach() - before).norm()))
-    assert 0.7 < changes[1] / changes[0] < 1.4
+@pytest.mark.parametrize(("rank", "best"), [(2, 5e-3), (8, 1.9e-3), (32, 1.8e-3), (128, 1.7e-3)])
+def test_the_default_rate_is_below_the_best_measured_and_near_it(rank: int, best: float) -> None:
+    """The best rates of benchmarks/results/bench_learning_rate.jsonl, RoRA with alpha 16."""
+    rate = default_learning_rate(rank, 16 / rank**0.5)
+    assert 0.4 < rate / best < 0.8
 
 
 def test_schedules_rise_and_fall() -> None:

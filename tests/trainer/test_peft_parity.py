@@ -17,9 +17,9 @@ from trainer.data import tokenize
 from trainer.evaluate import evaluate
 from trainer.inject import inject_artifact
 from trainer.lines import read_examples
-from trainer.loss import find_model_loss
 from trainer.model import load_base
 from trainer.run import train
+from trainer.trial import find_model_loss
 
 LINES = [chat(f"Say {word}.", word * 3) for word in ("red", "blue", "green", "grey", "black")]
 
@@ -90,7 +90,7 @@ def test_held_out_loss_equals_that_of_peft(adapter: Path, tiny_model: Path, tmp_
     chats = list(read_examples(write_lines(tmp_path / "d.jsonl", list(LINES))).values())
     base = load_base("tiny", tiny_model, dtype="float32")
     samples = [tokenize(line, base.tokenizer) for line in chats]
-    loss, _ = find_model_loss(base, samples, packing=True)
+    loss, _ = find_model_loss(base, longest=max(map(len, samples)), packing=True)
     assert loss.packs
     inject_artifact(base.model, open_artifact(adapter))
     ours = evaluate(loss, chats, batch_tokens=100, progress=lambda _: None).loss

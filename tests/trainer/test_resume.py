@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from adapters import open_artifact, weights_digest
@@ -18,6 +19,7 @@ from tests.workloads import chat, write_lines
 from trainer.cli import main
 from trainer.model import load_base
 from trainer.run import resume
+from trainer.run_folder import owned
 
 NUM_KILLS = 5
 
@@ -61,9 +63,11 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def steps_of(run_folder: Path) -> list[dict[str, Any]]:
+def steps_of(run_folder: Path, *, not_of_file: int = 0) -> list[dict[str, Any]]:
+    """The steps in a run's log; none while it is still the file of that number."""
     path = run_folder / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    is_new = path.exists() and path.stat().st_ino != not_of_file
+    lines = path.read_text().splitlines() if is_new else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [row for row in rows if "loss" in row]
 
@@ -80,11 +84,14 @@ def test_killed_at_random_steps_and_resumed_a_run_ends_with_the_same_digest(
     seed = shuffler.randrange(2**32)
     print("seed of the kills:", seed)
     shuffler.seed(seed)
-    points = sorted(shuffler.sample(range(1, num_steps), NUM_KILLS))
+    points = sorted(shuffler.sample(range(1, num_steps - 2), NUM_KILLS))
     arguments = ["run", str(config), "--output", str(killed)]
     for point in points:
+        log = killed / "log.jsonl"
+        # A process replaces the log that it finds, and may take steps again that it holds.
+        before = log.stat().st_ino if log.exists() else 0
         process = start(*arguments)
-        while process.poll() is None and len(steps_of(killed)) < point:
+        while process.poll() is None and len(steps_of(killed, not_of_file=before)) < point:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -114,6 +121,10 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, tiny_model: Path) -
         assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
         assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-3)
     assert len(steps_of(two)) > 10
+    weights = [open_artifact(run / "adapter").read_tensors() for run in (one, two)]
+    for (module, *ours), (_, *theirs) in zip(*weights, strict=True):
+        for one_factor, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one_factor, other, atol=1e-4, err_msg=module.name)
 
 
 @pytest.mark.timeout(300)
@@ -180,15 +191,29 @@ def test_changed_data_or_settings_are_no_resume(
     base = load_base("tiny", tiny_model, dtype="float32")
     settings = json.loads((run_folder / "config.json").read_text())
     other = write_lines(tmp_path / "other.jsonl", [chat(f"Say {n}!", "x") for n in range(40)])
-    for section, key, value in (("data", "train", str(other)), ("train", "learning_rate", 1e-3)):
+    for section, key, value, name in (
+        ("data", "train", str(other), "the training data"),
+        ("data", "eval", str(other), "the held-out data"),
+        ("train", "learning_rate", 1e-3, "settings"),
+    ):
         changed = settings | {section: settings[section] | {key: value}}
         (run_folder / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(TrainingError, match="changed since the run began"):
+        with pytest.raises(TrainingError, match=f": {name} changed since the run began"):
             resume(run_folder, base)
         base = load_base("tiny", tiny_model, dtype="float32")
     (run_folder / "config.json").write_text(json.dumps(settings))
     digest = weights_digest(open_artifact(run_folder / "adapter"))
     assert weights_digest(open_artifact(resume(run_folder, base))) == digest
+
+
+def test_two_processes_do_not_train_into_one_folder(
+    finished: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    run_folder = unfinish(finished, tmp_path / "run")
+    base = load_base("tiny", tiny_model, dtype="float32")
+    with owned(run_folder), pytest.raises(ConfigError, match="by another process"):
+        resume(run_folder, base)
+    assert not (run_folder / ".lock").exists()
 
 
 def test_a_damaged_checkpoint_is_named(finished: Path, tmp_path: Path, tiny_model: Path) -> None:

@@ -17,6 +17,7 @@ from tests.reference import ATOL
 from tests.workloads import chat, write_lines
 from trainer.config import AdapterSettings, DataSettings, LoopSettings, TrainConfig
 from trainer.inject import adapters_off, inject_artifact
+from trainer.loss import ModelLoss
 from trainer.model import load_base
 from trainer.run import train
 
@@ -208,6 +209,40 @@ def test_the_best_evaluation_is_what_is_kept_and_patience_ends_the_run(
     assert losses[max(losses)] > losses[best] + 1e-3
 
 
+def test_a_run_that_can_not_begin_leaves_no_folder(tmp_path: Path, tiny_model: Path) -> None:
+    config = make_config(tmp_path, "run")
+    wrong = config.model_copy(update={"adapter": AdapterSettings(target_modules=("nope",))})
+    with pytest.raises(ConfigError, match="matches 'nope'"):
+        run(wrong, tiny_model)
+    assert not config.output.exists()
+
+
+def test_a_held_out_loss_that_is_no_number_is_a_failed_run(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an overflow on held-out samples alone would give it."""
+    losses = ModelLoss.sample_losses
+
+    def overflow(loss: ModelLoss, samples: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        sums, counts = losses(loss, samples)
+        return sums * math.nan, counts
+
+    monkeypatch.setattr(ModelLoss, "sample_losses", overflow)
+    config = make_config(tmp_path, "run", eval_steps=2)
+    with pytest.raises(TrainingError, match="step 2: the held-out loss of default is nan"):
+        run(config, tiny_model)
+    assert log_of(config)[-1]["failed"].startswith("step 2: the held-out loss")
+
+
+def test_samples_beyond_the_models_positions_are_truncated(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path, "run", epochs=1)
+    write_lines(Path(config.data.train), [chat("Hi", "word " * 400), *LINES])
+    run(config, tiny_model)
+    assert "1 samples truncated to 256 tokens" in capsys.readouterr().err
+
+
 def test_an_output_that_holds_something_is_refused_before_training(
     tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -227,7 +262,7 @@ def test_what_became_of_the_data_is_said(
     write_lines(Path(config.data.train), [*LINES, long, chat("Hi", "long " * 80), LINES[0]])
     run(config, tiny_model)
     said = capsys.readouterr().err
-    assert "1 samples truncated to train.max_sample_tokens" in said
+    assert "1 samples truncated to 60 tokens" in said
     assert "1 samples left out" in said
     assert "1 duplicates in data.train: line 15 repeats line 1" in said
     assert "leak: 3 of 3 held-out lines of set default are in data.train too" in said
