@@ -91,7 +91,7 @@ class LoopSettings(_Section):
         None,
         ge=1,
         description="tokens of one forward and backward pass; a step of more adds up the gradients "
-        "of several. Less memory, the same result",
+        "of several. Less memory, the same result (but dropout and noise are drawn for each)",
     )
     packing: bool = Field(
         default=True,

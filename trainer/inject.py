@@ -107,8 +107,12 @@ def inject_artifact(model: PreTrainedModel, artifact: AdapterArtifact) -> dict[s
     """
     available = target_modules(model, (ALL_LINEAR,))
     problems = []
+    by_name = dict(model.named_modules())
+    head = model.get_output_embeddings()
     for name, module in artifact.modules.items():
-        if module.kind != "linear" or name not in available:
+        if module.kind == "linear" and head is not None and by_name.get(name) is head:
+            problems.append(f"{name} is the output layer, which is not adapted here")
+        elif module.kind != "linear" or name not in available:
             problems.append(f"the model has no linear layer {name}")
         elif linear_sizes(available[name]) != (module.in_features, module.out_features):
             problems.append(

@@ -1,9 +1,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from adapters import AdapterConfig, open_artifact
+from adapters import AdapterConfig, open_artifact, write_artifact
 from adapters.errors import AdapterMismatchError, BaseModelError, ConfigError
 from tests.workloads import make_random_adapter
 from trainer.export import peft_targets
@@ -78,6 +79,36 @@ def test_an_adapter_of_another_model_is_refused(
         caught.value
     )
     assert "the model has no linear layer model.layers.29.self_attn.q_proj" in str(caught.value)
+
+
+def test_an_adapted_output_layer_is_refused_by_name(tmp_path: Path, base: BaseModel) -> None:
+    factors = {"lm_head": (np.ones((2, 48), np.float32), np.ones((49152, 2), np.float32))}
+    write_artifact(
+        tmp_path / "a", AdapterConfig(2, 8, target_modules=("lm_head",)), factors, provenance={}
+    )
+    with pytest.raises(AdapterMismatchError, match="lm_head is the output layer"):
+        inject_artifact(base.model, open_artifact(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        (("all-linear",), 14),
+        (("q_proj", "mlp.up_proj"), 4),
+        (("model.layers.1.self_attn.k_proj",), 1),
+        ((r".*layers\.1\..*_proj",), 7),
+        ((r".*self_attn\.[qv]_proj", "down_proj"), 6),
+    ],
+)
+def test_targets_are_paths_ends_of_paths_or_regular_expressions(
+    base: BaseModel, targets: tuple[str, ...], count: int
+) -> None:
+    assert len(target_modules(base.model, targets)) == count
+
+
+def test_an_expression_that_can_not_be_matched_is_refused(base: BaseModel) -> None:
+    with pytest.raises(ConfigError, match=r"adapter.target_modules"):
+        target_modules(base.model, (r"(.*_proj",))
 
 
 def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
