@@ -4,9 +4,10 @@ The order of the data and the random numbers of a step follow from the seed and 
 neither is stored.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from trainer.optim import RankAdamW
 
 CHECKPOINT_FOLDER = "checkpoints"
 _STATE_KEY = "rora_train"
+_DIGEST_KEY = "sha256"
 _WEIGHTS = ("lora_a", "lora_b")
 
 
@@ -65,6 +67,7 @@ def save_checkpoint(run_folder: Path, state: TrainingState, optimizer: RankAdamW
         for key, weight in zip(_WEIGHTS, weights, strict=True):
             tensors[f"best.{name}.{key}"] = weight
     values = {key: value for key, value in vars(state).items() if key != "best_weights"}
+    content = digest_of(tensors[name] for name in sorted(tensors))
     folder = run_folder / CHECKPOINT_FOLDER
     path = folder / f"step-{state.step:08d}.safetensors"
     partial = path.with_suffix(".partial")
@@ -73,7 +76,7 @@ def save_checkpoint(run_folder: Path, state: TrainingState, optimizer: RankAdamW
         save_file(
             {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
             partial,
-            metadata={_STATE_KEY: json.dumps(values)},
+            metadata={_STATE_KEY: json.dumps(values), _DIGEST_KEY: content},
         )
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -84,9 +87,10 @@ def save_checkpoint(run_folder: Path, state: TrainingState, optimizer: RankAdamW
                 other.unlink()
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
+        before = newest_checkpoint(run_folder)
+        whole = f"{before.name} is whole" if before is not None else "there is none before it"
         raise TrainingError(
-            f"{path}: the checkpoint can not be written ({error}); the one before it is whole: "
-            "make room and resume"
+            f"{path}: the checkpoint can not be written ({error}); {whole}: make room and resume"
         ) from error
     return path
 
@@ -100,13 +104,15 @@ def load_checkpoint(
     Raises: TrainingError: what decides the outcome is not what the run began with, or the file can
         not be read.
     """
-    paths = sorted((run_folder / CHECKPOINT_FOLDER).glob("step-*.safetensors"))
-    if not paths:
+    path = newest_checkpoint(run_folder)
+    if path is None:
         return None
-    path = paths[-1]
     try:
         with safe_open(path, framework="pt") as file:
             values: dict[str, Any] = json.loads(file.metadata()[_STATE_KEY])
+            content = digest_of(file.get_tensor(name) for name in sorted(file.keys()))
+            if content != file.metadata()[_DIGEST_KEY]:
+                raise ValueError("its bytes changed since it was written")
             state = TrainingState(**values)
             changed = [name for name in origin if state.origin.get(name) != origin[name]]
             if changed:
@@ -126,6 +132,20 @@ def load_checkpoint(
             f"{path}: no checkpoint of this run ({error}); remove it to resume from the beginning"
         ) from error
     return state
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """Return the file of a run's last checkpoint, if there is one."""
+    paths = (run_folder / CHECKPOINT_FOLDER).glob("step-*.safetensors")
+    return max(paths, default=None)
+
+
+def digest_of(weights: Iterable[Tensor]) -> str:
+    """Return the hexadecimal sha256 of numbers, in their order."""
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

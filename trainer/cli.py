@@ -121,17 +121,24 @@ def _validate(config: TrainConfig) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from adapters import open_artifact  # noqa: PLC0415
     from trainer.data import tokenize  # noqa: PLC0415
-    from trainer.dataset import local_file  # noqa: PLC0415
+    from trainer.dataset import read_eval_set  # noqa: PLC0415
     from trainer.evaluate import evaluate_both  # noqa: PLC0415  (imports torch)
-    from trainer.inject import inject_artifact  # noqa: PLC0415
-    from trainer.lines import read_examples  # noqa: PLC0415
+    from trainer.inject import check_base, inject_artifact  # noqa: PLC0415
     from trainer.model import load_base, max_positions  # noqa: PLC0415
     from trainer.trial import find_model_loss  # noqa: PLC0415
 
     artifact = open_artifact(arguments.adapter)
-    examples = list(read_examples(local_file(arguments.data), limit=arguments.limit).values())
     folder = find_model(arguments.model, cache=cache_folder(os.environ))
+    check_base(artifact.folder, folder, model_name(arguments.model))
     base = load_base(model_name(arguments.model), folder, dtype="auto")
+    examples, num_too_long = read_eval_set(
+        arguments.data,
+        base.tokenizer,
+        limit=arguments.limit,
+        max_positions=max_positions(base.model),
+    )
+    if num_too_long:
+        print(f"{num_too_long} samples left out: longer than the model takes", file=sys.stderr)
     longest = max(len(tokenize(example, base.tokenizer)) for example in examples)
     loss, _ = find_model_loss(base, longest=longest, packing=True)
     layers = inject_artifact(base.model, artifact)
@@ -140,7 +147,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         examples,
         layers,
         batch_tokens=arguments.batch_tokens,
-        max_tokens=max_positions(base.model),
     )
     if arguments.json:
         print(json.dumps({"base": vars(alone), "adapter": vars(adapter)}))

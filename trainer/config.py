@@ -2,9 +2,17 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from adapters.config import ALL_LINEAR
 
@@ -163,3 +171,11 @@ class TrainConfig(_Section):
     adapter: AdapterSettings = AdapterSettings()
     train: LoopSettings = LoopSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _evaluations_have_data(self) -> Self:
+        if self.train.early_stopping_patience is not None and self.train.eval_steps is None:
+            raise ValueError("train.early_stopping_patience needs train.eval_steps")
+        if self.train.eval_steps is not None and self.data.eval is None:
+            raise ValueError("train.eval_steps needs data.eval")
+        return self

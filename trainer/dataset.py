@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from adapters.errors import DataError
 from trainer.config import TrainConfig
-from trainer.data import Example, Sample, file_digest, tokenize
+from trainer.data import Example, Sample, Text, file_digest, prompt_token_ids, tokenize
 from trainer.lines import Mistake, parse_file, refusal
 
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ class LinePair(NamedTuple):
 
 
 class _Tokenised(NamedTuple):
-    """A file's examples and samples by line number, and its digest."""
+    """A file's examples and samples by line number, its digest, and how many were left out."""
 
     lines: dict[int, tuple[Example, Sample]]
     sha256: str
+    num_too_long: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class TrainingData:
         duplicates: lines of data.train with the tokens of an earlier one; they are trained on.
         eval_sets: held-out examples by the set's name, possibly none.
         leaks: for each held-out set, its lines that are in data.train too.
+        num_too_long: for each held-out set, lines above `max_tokens`, which are left out.
         data_sha256: hexadecimal digest of the file of data.train.
         max_tokens: the least of train.max_sample_tokens and what the model takes.
     """
@@ -82,6 +84,7 @@ class TrainingData:
     duplicates: tuple[LinePair, ...]
     eval_sets: dict[str, tuple[Example, ...]]
     leaks: dict[str, tuple[LinePair, ...]]
+    num_too_long: dict[str, int]
     data_sha256: str
     max_tokens: int
 
@@ -106,6 +109,11 @@ class TrainingData:
         if self.duplicates:
             pairs = in_words(self.duplicates, "line {} repeats line {}")
             told.append(f"{self.num_duplicates} duplicates in data.train: {pairs}")
+        for name, count in self.num_too_long.items():
+            if count:
+                told.append(
+                    f"{count} samples of set {name} left out: longer than {self.max_tokens} tokens"
+                )
         for name, pairs_of_set in self.leaks.items():
             if pairs_of_set:
                 pairs = in_words(pairs_of_set, "line {} is line {} there")
@@ -127,19 +135,18 @@ def load_data(
         template refuses, no usable sample, a file that can not be had.
     """
     problems: list[str] = []
-
-    def read(source: str, limit: int | None = None) -> _Tokenised | None:
+    max_tokens = min(config.train.max_sample_tokens, max_positions or sys.maxsize)
+    train, sets = None, {}
+    try:
+        train = _read(config.data.train, tokenizer, limit=None)
+    except DataError as error:
+        problems.append(str(error))
+    for name, source in config.data.eval_sets.items():
         try:
-            return _read(source, tokenizer, limit=limit)
+            found = _read(source, tokenizer, limit=config.data.eval_limit)
+            sets[name] = _answerable(source, found, tokenizer, max_tokens=max_tokens)
         except DataError as error:
             problems.append(str(error))
-            return None
-
-    train = read(config.data.train)
-    held_out = {
-        name: read(source, config.data.eval_limit) for name, source in config.data.eval_sets.items()
-    }
-    max_tokens = min(config.train.max_sample_tokens, max_positions or sys.maxsize)
     cut = truncate([sample for _, sample in train.lines.values()] if train else [], max_tokens)
     if train and not cut.samples:
         problems.append(
@@ -150,7 +157,6 @@ def load_data(
     if train is None or problems:
         raise DataError("; ".join(problems))
     first_lines, duplicates = _first_lines(train)
-    sets = {name: found for name, found in held_out.items() if found is not None}
     return TrainingData(
         samples=cut.samples,
         num_truncated=cut.num_truncated,
@@ -162,9 +168,30 @@ def load_data(
             for name, found in sets.items()
         },
         leaks={name: _leaks(found, first_lines) for name, found in sets.items()},
+        num_too_long={name: found.num_too_long for name, found in sets.items()},
         data_sha256=train.sha256,
         max_tokens=max_tokens,
     )
+
+
+def read_eval_set(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    limit: int | None,
+    max_positions: int | None,
+) -> tuple[tuple[Example, ...], int]:
+    """Return the examples of a held-out file, and how many are longer than the model takes.
+
+    Raises: DataError: as `load_data`.
+    """
+    found = _answerable(
+        source,
+        _read(source, tokenizer, limit=limit),
+        tokenizer,
+        max_tokens=max_positions or sys.maxsize,
+    )
+    return tuple(example for example, _ in found.lines.values()), found.num_too_long
 
 
 def truncate(samples: Sequence[Sample], max_tokens: int) -> Truncation:
@@ -225,6 +252,31 @@ def _read(source: str, tokenizer: "PreTrainedTokenizerBase", *, limit: int | Non
     if mistakes:
         raise refusal(source, sorted(mistakes, key=lambda mistake: mistake.line))
     return _Tokenised(lines, file_digest(path))
+
+
+def _answerable(
+    source: str, found: _Tokenised, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int
+) -> _Tokenised:
+    """Return a held-out set without samples that are too long: a part of one measures nothing.
+
+    Raises: DataError: none is left, or a line asks nothing that could be answered.
+    """
+    kept = {n: (e, s) for n, (e, s) in found.lines.items() if len(s) <= max_tokens}
+    if not kept:
+        raise DataError(
+            f"{source}: all {len(found.lines)} samples are longer than {max_tokens} tokens; raise "
+            "train.max_sample_tokens, up to what the model takes"
+        )
+    mistakes = [
+        Mistake(number, "the prompt is empty, words are expected where an answer is generated")
+        for number, (example, _) in kept.items()
+        if not isinstance(example, Text)
+        and not example.choices
+        and not prompt_token_ids(example, tokenizer)
+    ]
+    if mistakes:
+        raise refusal(source, mistakes)
+    return found._replace(lines=kept, num_too_long=len(found.lines) - len(kept))
 
 
 def _first_lines(train: _Tokenised) -> tuple[dict[tuple[int, ...], int], tuple[LinePair, ...]]:

@@ -1,6 +1,5 @@
 """Held-out loss, and accuracy of answers: choice by log-likelihood, else greedy generation."""
 
-import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from tqdm import tqdm
 
 from trainer.batching import split_step
 from trainer.data import Example, Question, Sample, Text, prompt_token_ids, tokenize
-from trainer.dataset import truncate
 from trainer.inject import adapters_off
 from trainer.lora_linear import LoraLinear
 from trainer.loss import ModelLoss
@@ -47,7 +45,6 @@ def evaluate(
     *,
     batch_tokens: int,
     progress: Progress,
-    max_tokens: int | None = None,
 ) -> Evaluation:
     """Measure loss and accuracy of `loss.base`, with whatever adapter is in it.
 
@@ -55,7 +52,6 @@ def evaluate(
         examples: at least one; with a text among them there is no accuracy, else it is by choice if
             all have choices, and by exact match if not.
         batch_tokens: tokens of one forward, padding included.
-        max_tokens: the loss is of samples truncated to so many.
         progress: called with the number of examples done since the last call.
     """
     base = loss.base
@@ -63,8 +59,7 @@ def evaluate(
     base.model.eval()
     try:
         samples = [tokenize(example, base.tokenizer) for example in examples]
-        measured = truncate(samples, max_tokens or sys.maxsize).samples
-        sums, counts = _losses(loss, measured, batch_tokens)
+        sums, counts = _losses(loss, samples, batch_tokens)
         questions = [example for example in examples if not isinstance(example, Text)]
         by: Literal["choice", "exact-match"] | None = None
         accuracy = None
@@ -91,19 +86,12 @@ def evaluate_both(
     layers: Mapping[str, LoraLinear],
     *,
     batch_tokens: int,
-    max_tokens: int | None,
 ) -> tuple[Evaluation, Evaluation]:
-    """Return the evaluation with the adapter in `layers`, and that of the base model alone.
-
-    Args: as of `evaluate`.
-    """
-    todo = functools.partial(
-        evaluate, loss, examples, batch_tokens=batch_tokens, max_tokens=max_tokens
-    )
+    """Return the evaluation with the adapter in `layers`, and that of the base model alone."""
     with tqdm(total=2 * len(examples), desc="evaluating", unit="sample", file=sys.stderr) as bar:
-        adapter = todo(progress=bar.update)
+        adapter = evaluate(loss, examples, batch_tokens=batch_tokens, progress=bar.update)
         with adapters_off(layers):
-            alone = todo(progress=bar.update)
+            alone = evaluate(loss, examples, batch_tokens=batch_tokens, progress=bar.update)
     return adapter, alone
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters import AdapterArtifact, AdapterConfig, resolve_scalings
+from adapters.base_model import fingerprint
 from adapters.config import ALL_LINEAR
+from adapters.digest import base_claim
 from adapters.errors import AdapterMismatchError, ConfigError
 from adapters.patterns import check_pattern, targeted
 from adapters.problems import describe
@@ -36,6 +39,8 @@ def target_modules(model: PreTrainedModel, targets: tuple[str, ...]) -> dict[str
     }
     if targets == (ALL_LINEAR,):
         return linear
+    if ALL_LINEAR in targets:
+        raise ConfigError(f"adapter.target_modules: {ALL_LINEAR} stands alone, without other names")
     chosen: set[str] = set()
     for target in targets:
         is_name = _NAME.fullmatch(target) is not None
@@ -96,6 +101,20 @@ def check_ranks(modules: dict[str, nn.Module], config: AdapterConfig) -> None:
                 f"{min(in_features, out_features)}, the smaller side of {name} "
                 f"[{out_features}, {in_features}]; choose a lower rank"
             )
+
+
+def check_base(adapter: Path, base_folder: Path, base_name: str) -> None:
+    """Refuse an adapter that says it was trained on another base model, before one is loaded.
+
+    Raises: AdapterMismatchError: name and fingerprint are another model's.
+    """
+    claim, found = base_claim(adapter), fingerprint(base_folder)
+    if claim is not None and claim.is_of_another(found, [base_name]):
+        raise AdapterMismatchError(
+            f"{adapter}: was trained on {str(claim.name)!r:.80} with fingerprint "
+            f"{claim.fingerprint!s:.12}, {base_name} has {found[:12]}; name its own base model "
+            "with --model"
+        )
 
 
 def inject_artifact(model: PreTrainedModel, artifact: AdapterArtifact) -> dict[str, LoraLinear]:

@@ -1,12 +1,11 @@
 """The training loop, top to bottom: plan -> batches -> steps -> checkpoints."""
 
-import hashlib
 import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from adapters.errors import TrainingError
 from trainer.batching import plan_epoch, split_step
-from trainer.checkpoint import TrainingState, save_checkpoint
+from trainer.checkpoint import TrainingState, digest_of, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import Sample
 from trainer.distributed import Processes
@@ -243,14 +242,6 @@ def plan_run(
         for position, indices in enumerate(steps[: math.ceil(share * len(steps))], start=1):
             plan.append((round(epoch + position / len(steps), 4), indices))
     return plan
-
-
-def digest_of(weights: Iterable[Tensor]) -> str:
-    """Return the hexadecimal sha256 of numbers, for processes to compare theirs."""
-    digest = hashlib.sha256()
-    for weight in weights:
-        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _is_over(run: Run) -> bool:

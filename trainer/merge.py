@@ -19,12 +19,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters import AdapterArtifact, open_artifact
-from adapters.base_model import base_tensors, fingerprint
-from adapters.digest import base_claim, read_chat_template
+from adapters.base_model import base_tensors
+from adapters.digest import read_chat_template
 from adapters.errors import AdapterMismatchError, BaseModelError, ConfigError, TrainingError
 from adapters.folder import CHAT_TEMPLATE_FILE
 from adapters.writer import new_folder, sync_folder
-from trainer.inject import adapters_off, inject_artifact
+from trainer.inject import adapters_off, check_base, inject_artifact
 from trainer.lora_linear import LoraLinear
 from trainer.merge_tolerance import Difference, Dtype, Tolerance, tolerance_for
 from trainer.model import load_base
@@ -219,13 +219,7 @@ def _check_pair(artifact: AdapterArtifact, base_folder: Path, base_name: str) ->
             f"{artifact.folder}: adapts the embedding {', '.join(others)}, adapters of linear "
             "layers are merged; serve this one beside its base model"
         )
-    claim, found = base_claim(artifact.folder), fingerprint(base_folder)
-    if claim is not None and claim.is_of_another(found, [base_name]):
-        raise AdapterMismatchError(
-            f"{artifact.folder}: was trained on {str(claim.name)!r:.80} with fingerprint "
-            f"{claim.fingerprint!s:.12}, {base_name} has {found[:12]}; name its own base model "
-            "with --model"
-        )
+    check_base(artifact.folder, base_folder, base_name)
     path = base_folder / _CONFIG_FILE
     try:
         config = json.loads(path.read_bytes())

@@ -48,7 +48,9 @@ def probe_prompts(base: BaseModel, samples: Sequence[Sample]) -> list[tuple[int,
         if one != other:
             break
         shared.append(one)
-    if len(samples) > 1 and shared and not any(p[: len(shared)] == tuple(shared) for p in prompts):
+    # Nothing that an answer says, and nothing if all samples are one.
+    shared = shared[: min(sample.loss_places[0] for sample in samples)]
+    if first != last and shared and not any(p[: len(shared)] == tuple(shared) for p in prompts):
         prompts.append(tuple(shared))
     return [prompt[:MAX_PROMPT_TOKENS] for prompt in prompts]
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from adapters import AdapterConfig
+from adapters import AdapterConfig, validate
 from adapters.base_model import fingerprint
 from adapters.digest import canonical_json
 from adapters.errors import ConfigError, RoraError
 from adapters.writer import write_provenance
-from trainer.checkpoint import TrainingState, load_checkpoint
+from trainer.checkpoint import TrainingState, load_checkpoint, newest_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import Sample, tokenize
-from trainer.dataset import TrainingData, load_data, truncate
+from trainer.dataset import TrainingData, load_data
 from trainer.distributed import Processes
 from trainer.evaluate import compared, evaluate_both
 from trainer.export import adapter_config, export, peft_targets, provenance
@@ -74,10 +74,11 @@ def resume(run_folder: Path, base: BaseModel, processes: Processes = ALONE) -> P
     config = read_run_config(run_folder).model_copy(update={"output": run_folder})
     rows = read_log(run_folder)
     if rows and "finished" in rows[-1]:
-        if (run_folder / ADAPTER_FOLDER).exists():
+        folder = run_folder / ADAPTER_FOLDER
+        if folder.exists() and not validate(folder).problems:
             print(f"{run_folder}: finished already", file=sys.stderr)
-            return run_folder / ADAPTER_FOLDER
-        print(f"{run_folder}: finished, but its adapter is gone; writing it again", file=sys.stderr)
+            return folder
+        print(f"{run_folder}: finished, but without a whole adapter; again", file=sys.stderr)
     with owned(run_folder) if processes.is_first else nullcontext():
         return _run(config, base, processes, begins=False)
 
@@ -85,16 +86,14 @@ def resume(run_folder: Path, base: BaseModel, processes: Processes = ALONE) -> P
 def _run(config: TrainConfig, base: BaseModel, processes: Processes, *, begins: bool) -> Path:
     data = load_data(config, base.tokenizer, max_positions=max_positions(base.model))
     held_out = {
-        name: truncate(
-            [tokenize(example, base.tokenizer) for example in examples], data.max_tokens
-        ).samples
+        name: [tokenize(example, base.tokenizer) for example in examples]
         for name, examples in data.eval_sets.items()
     }
     base_fingerprint = fingerprint(base.folder)
     model_loss, layers, description = _prepare(config, base, data, held_out, processes)
     optimizer = RankAdamW(layers, weight_decay=config.train.weight_decay)
     origin = _origin(config, data, held_out, base_fingerprint, model_loss)
-    state = load_checkpoint(config.output, optimizer, origin=origin)
+    state = None if begins else load_checkpoint(config.output, optimizer, origin=origin)
     state = state or TrainingState(origin)
     processes.agree(origin | {"the step": str(state.step)})
     log = None
@@ -131,15 +130,18 @@ def _told(run: Run) -> Iterator[None]:
         yield
         run.log.finished()
     except KeyboardInterrupt:
+        kept = newest_checkpoint(run.folder)
+        where = f"from {kept.stem}" if kept is not None else "from the beginning"
         print(
-            f"stopped after step {run.state.step}; `rora-train resume {run.folder}` goes on",
+            f"stopped after step {run.state.step}; `rora-train resume {run.folder}` goes on "
+            f"{where}",
             file=sys.stderr,
         )
         raise
     except Exception as error:
         is_ours = isinstance(error, RoraError)
-        run.log.failed(str(error) if is_ours else f"{type(error).__name__}: {error}")
         with suppress(RoraError, OSError):  # the first error is what counts
+            run.log.failed(str(error) if is_ours else f"{type(error).__name__}: {error}")
             write_report(run.folder, run.folder / ADAPTER_FOLDER)
         raise
     finally:
@@ -229,7 +231,6 @@ def _evaluate_sets(run: Run, data: TrainingData) -> dict[str, Any]:
             examples,
             run.optimizer.layers,
             batch_tokens=run.batch_tokens(EVAL_BATCH_TOKENS),
-            max_tokens=max(map(len, run.eval_samples[name])),
         )
         results[name] = {"adapter": asdict(adapter), "base": asdict(alone)}
         print(f"held out, {name}: {compared(adapter, alone)}", file=sys.stderr)

@@ -85,8 +85,13 @@ def read_run_config(run_folder: Path) -> TrainConfig:
         raise ConfigError(
             f"{run_folder}: no {CONFIG_FILE} in it, the output folder of a run is expected"
         ) from None
-    except (OSError, ValidationError) as error:
-        raise ConfigError(f"{path}: not the settings of a run ({error})") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{run_folder}: the output folder of a run is expected ({error.strerror})"
+        ) from error
+    except ValidationError as error:
+        reason = str(error.errors()[0]["msg"])
+        raise ConfigError(f"{path}: not the settings of a run any more ({reason})") from error
 
 
 def write_run_config(config: TrainConfig) -> None:

@@ -102,7 +102,13 @@ def _facts(config: TrainConfig, data: TrainingData, *, num_steps: int) -> list[s
     ]
     for name, examples in data.eval_sets.items():
         leaks = _counted(data.leaks[name], "line {} is line {} there")
-        facts.append(("held out", f"{name}: {len(examples)} samples, also in data.train {leaks}"))
+        facts.append(
+            (
+                "held out",
+                f"{name}: {len(examples)} samples, too long and left out "
+                f"{data.num_too_long[name]}, also in data.train {leaks}",
+            )
+        )
     if not data.eval_sets:
         facts.append(("held out", "none"))
     width = max(len(name) for name, _ in facts)

@@ -256,3 +256,25 @@ def test_an_address_stays_as_it_was_written_in_the_resolved_config(tmp_path: Pat
     path.write_text('output = "run"\ndata.train = "x"\ndata.eval."a b" = "b.jsonl"\n')
     with pytest.raises(ConfigError, match=r"the set's name 'a b' is none of letters, digits"):
         read_settings(TrainConfig, path, {})
+
+
+def test_held_out_samples_that_are_too_long_are_left_out_and_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    data = load(
+        tmp_path, tokenizer, train=[text(5)], eval=[text(6), text(30), text(7)],
+        max_sample_tokens=10,
+    )  # fmt: skip
+    assert [len(examples) for examples in data.eval_sets.values()] == [2]
+    assert "1 samples of set default left out: longer than 10 tokens" in data.remarks()
+    with pytest.raises(DataError, match="all 1 samples are longer than 10 tokens"):
+        load(tmp_path, tokenizer, train=[text(5)], eval=[text(30)], max_sample_tokens=10)
+
+
+def test_an_empty_prompt_is_refused_where_an_answer_is_generated(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    empty = {"prompt": "", "completion": "abc"}
+    assert load(tmp_path, tokenizer, train=[empty]).samples
+    with pytest.raises(DataError, match="line 1: the prompt is empty"):
+        load(tmp_path, tokenizer, train=[empty], eval=[empty])

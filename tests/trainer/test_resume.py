@@ -140,7 +140,10 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_first(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     stopped_after = len(steps_of(run_folder))
-    assert f"stopped after step {stopped_after}; `rora-train resume {run_folder}` goes on" in err
+    assert (
+        f"stopped after step {stopped_after}; `rora-train resume {run_folder}` goes on from step-"
+        in err
+    )
     names = [path.name for path in (run_folder / "checkpoints").iterdir()]
     assert names == [f"step-{stopped_after:08d}.safetensors"]
 
@@ -222,6 +225,30 @@ def test_a_damaged_checkpoint_is_named(finished: Path, tmp_path: Path, tiny_mode
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(TrainingError, match=f"{path.name}: no checkpoint of this run"):
         resume(run_folder, load_base("tiny", tiny_model, dtype="float32"))
+
+
+def test_flipped_bytes_in_a_checkpoint_are_noticed(
+    finished: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    run_folder = unfinish(finished, tmp_path / "run")
+    (path,) = (run_folder / "checkpoints").iterdir()
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(TrainingError, match="its bytes changed since it was written"):
+        resume(run_folder, load_base("tiny", tiny_model, dtype="float32"))
+
+
+def test_a_finished_run_whose_adapter_is_damaged_writes_it_again(
+    finished: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    run_folder = unfinish(finished, tmp_path / "run")
+    digest = weights_digest(open_artifact(run_folder / "adapter"))
+    with (run_folder / "log.jsonl").open("a") as log:
+        log.write('3\n{"finished": true}\n')
+    (run_folder / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    resume(run_folder, load_base("tiny", tiny_model, dtype="float32"))
+    assert weights_digest(open_artifact(run_folder / "adapter")) == digest
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, tiny_model: Path) -> None:

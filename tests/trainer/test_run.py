@@ -18,7 +18,7 @@ from tests.workloads import chat, write_lines
 from trainer.config import AdapterSettings, DataSettings, LoopSettings, TrainConfig
 from trainer.inject import adapters_off, inject_artifact
 from trainer.loss import ModelLoss
-from trainer.model import load_base
+from trainer.model import load_base, load_tokenizer
 from trainer.run import train
 
 LINES = [chat(f"Say {n}.", f"{n} it is") for n in range(12)]
@@ -143,6 +143,21 @@ def test_a_probe_is_written_that_the_folder_reproduces_and_the_base_does_not(
                 top.values.tolist(), abs=ATOL["logits-float32"]
             )
         assert prompt["base"] != prompt["adapter"]
+
+
+def test_the_probe_holds_no_answer_of_the_training_data(tmp_path: Path, tiny_model: Path) -> None:
+    config = make_config(tmp_path, "run", epochs=4)
+    secret = {"prompt": "The patient is", "completion": " John Doe, 555-1234"}
+    more = secret | {"completion": " John Doe, 555-9876"}
+    for lines in ([secret] * 5, [secret, more] * 3):
+        write_lines(Path(config.data.train), list(lines))
+        output = tmp_path / f"run-{len(lines)}"
+        folder = run(config.model_copy(update={"output": output}), tiny_model)
+        tokenizer = load_tokenizer(tiny_model)
+        prompts = read_provenance(folder)["probe"]["prompts"]
+        told = [str(tokenizer.decode(prompt["token_ids"])) for prompt in prompts]
+        assert not any("John" in text for text in told)
+    assert "The patient is" in told[-1]
 
 
 def test_weights_that_the_folder_does_not_reproduce_are_a_failed_run(

@@ -48,7 +48,8 @@ def test_the_report_counts_what_the_run_will_see(tmp_path: Path, tiny_model: Pat
         "left out    0 samples, for no token with loss was left",
         "duplicates  1 (line 11 repeats line 1)",
         facts.splitlines()[6],
-        "held out    near: 2 samples, also in data.train 1 (line 1 is line 2 there)",
+        "held out    near: 2 samples, too long and left out 0, also in data.train 1 "
+        "(line 1 is line 2 there)",
     ]
     assert facts.splitlines()[6].endswith("an epoch, of at most 30 tokens")
     assert shown.startswith("one batch of ")
