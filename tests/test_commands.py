@@ -108,6 +108,10 @@ def test_flags_are_spelt_with_hyphens_or_as_in_toml(
     ("flags", "message"),
     [
         (["--adapter.rank", "0"], "adapter.rank: found '0', input should be greater than or equal"),
+        (
+            ["--train.learning_rate", "foo"],
+            "train.learning_rate: found 'foo', a number above 0 or \"auto\" is expected",
+        ),
         (["--adapter.rank", "25"], "adapter.rank: 25 is above 24, the smaller side of"),
         (["--adapter.target-modules", "nope"], "no linear layer matches 'nope'"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),

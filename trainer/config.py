@@ -9,7 +9,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -147,6 +149,14 @@ class LoopSettings(_Section):
         default=False,
         description="keep the base model in 4 bits (NF4, by bitsandbytes): less memory",
     )
+
+    @field_validator("learning_rate", mode="wrap")
+    @classmethod
+    def _a_number_or_auto(cls, value: object, read: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return read(value)
+        except ValidationError:
+            raise ValueError('a number above 0 or "auto" is expected') from None
 
 
 class TrackingSettings(_Section):
