@@ -16,6 +16,8 @@ from trainer.data import Sample
 # Samples to be padded are sorted by length within this many batches' worth, so that little of a
 # batch is padding while the order of an epoch stays random.
 _WINDOW_BATCHES = 32
+# With less padding than this leaves, gathering the other rows costs what it saves.
+_MOSTLY_REAL = 0.95
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Batch:
         owners: [num_loss], int64: the sample that each belongs to, as an index of those given.
         sample_lengths: [num_rows, num_columns], int64: of the sample that each token belongs to.
         num_samples: in the batch.
+        real_rows: [num_real], int64: places in the flattened tokens that are no padding; None if
+            all are, or nearly.
     """
 
     token_ids: Tensor
@@ -41,6 +45,7 @@ class Batch:
     owners: Tensor
     sample_lengths: Tensor
     num_samples: int
+    real_rows: Tensor | None = None
 
 
 def plan_epoch(
@@ -158,6 +163,10 @@ def pad(samples: Sequence[Sample], *, pad_token_id: int, device: torch.device) -
         targets += [sample.token_ids[place] for place in sample.loss_places]
         owners += [row] * len(sample.loss_places)
     lengths = torch.tensor([len(sample) for sample in samples], device=device)
+    real_rows = None
+    if int(lengths.sum()) < _MOSTLY_REAL * token_ids.numel():
+        is_real = torch.arange(longest, device=device) < lengths[:, None]
+        real_rows = is_real.flatten().nonzero().squeeze(1)
     return Batch(
         token_ids=token_ids.to(device),
         position_ids=torch.arange(longest, device=device).expand(len(samples), -1),
@@ -167,6 +176,7 @@ def pad(samples: Sequence[Sample], *, pad_token_id: int, device: torch.device) -
         owners=torch.tensor(owners, dtype=torch.int64),
         sample_lengths=lengths[:, None].expand(-1, longest),
         num_samples=len(samples),
+        real_rows=real_rows,
     )
 
 

@@ -1,11 +1,31 @@
 """LoraLinear: a frozen linear layer with a trained low-rank delta beside it."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Rows of a padded batch that are no padding, while a forward of it runs.
+_real_rows: ContextVar[Tensor | None] = ContextVar("real_rows", default=None)
+
+
+@contextmanager
+def only_rows(rows: Tensor | None) -> Iterator[None]:
+    """Let layers multiply these rows alone, of inputs flattened to [num_rows, in_features].
+
+    The others come out as zero, and get and give no gradient: for padding, which nobody sees.
+    Args: rows: [num_real], int64; None: all.
+    """
+    token = _real_rows.set(rows)
+    try:
+        yield
+    finally:
+        _real_rows.reset(token)
 
 
 class LoraLinear(nn.Module):
@@ -87,10 +107,12 @@ def lora_linear(
         and tokens * rank * (in + out) once more for A and B.
     Checked against: autograd on loops, in tests/trainer/test_lora_linear.py.
     """
+    flat = x.reshape(-1, x.shape[-1])
+    rows = _real_rows.get()
     y: Tensor = _LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, lora_a, lora_b, scaling
+        flat, weight, bias, lora_a, lora_b, scaling, rows
     )
-    return y
+    return y.view(*x.shape[:-1], -1)
 
 
 class _LoraLinearFunction(torch.autograd.Function):
@@ -103,27 +125,34 @@ class _LoraLinearFunction(torch.autograd.Function):
         lora_a: Tensor,
         lora_b: Tensor,
         scaling: float,
+        rows: Tensor | None,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        shrunk = torch.mm(rows, lora_a.to(x.dtype).t()).mul_(scaling)
-        y = F.linear(rows, weight, bias)
+        num_rows = len(x)
+        x = x if rows is None else x.index_select(0, rows)
+        shrunk = torch.mm(x, lora_a.to(x.dtype).t()).mul_(scaling)
+        y = F.linear(x, weight, bias)
         y.addmm_(shrunk, lora_b.to(x.dtype).t())
-        ctx.save_for_backward(rows, shrunk, weight, lora_a, lora_b)
+        ctx.save_for_backward(x, shrunk, weight, lora_a, lora_b, rows)
         ctx.scaling = scaling
-        ctx.x_shape = x.shape
-        return y.view(*x.shape[:-1], -1)
+        ctx.num_rows = num_rows
+        return y if rows is None else _spread(y, rows, num_rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, shrunk, weight, lora_a, lora_b = ctx.saved_tensors
-        grad_y = gradients[0].reshape(-1, weight.shape[0])
-        grad_shrunk = torch.mm(grad_y, lora_b.to(rows.dtype)).mul_(ctx.scaling)
-        grad_a = torch.mm(grad_shrunk.t(), rows).to(lora_a.dtype)
+        x, shrunk, weight, lora_a, lora_b, rows = ctx.saved_tensors
+        grad_y = gradients[0] if rows is None else gradients[0].index_select(0, rows)
+        grad_shrunk = torch.mm(grad_y, lora_b.to(x.dtype)).mul_(ctx.scaling)
+        grad_a = torch.mm(grad_shrunk.t(), x).to(lora_a.dtype)
         # Transposed after the product: 2.5 times as fast as mm(grad_y.t(), shrunk) on a CPU.
         grad_b = torch.mm(shrunk.t(), grad_y).t().to(lora_b.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_y, weight)
-            grad_x.addmm_(grad_shrunk, lora_a.to(rows.dtype))
-            grad_x = grad_x.view(ctx.x_shape)
-        return grad_x, None, None, grad_a, grad_b, None
+            grad_x.addmm_(grad_shrunk, lora_a.to(x.dtype))
+            grad_x = grad_x if rows is None else _spread(grad_x, rows, ctx.num_rows)
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _spread(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Return [num_rows, ...] with `values` at `rows` and zeros elsewhere, new."""
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)

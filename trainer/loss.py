@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from trainer.batching import Batch, pack, pad
 from trainer.data import Sample
+from trainer.lora_linear import only_rows
 from trainer.model import BaseModel
 
 # Logits that are formed at once: 64 MiB in float32, 340 rows of a vocabulary of 49,152.
@@ -62,6 +63,12 @@ class ModelLoss:
         if batch.layout is not None:
             inputs["packing"] = batch.layout
             inputs["attention_mask"] = no_mask(model)
+        # What is computed again in the backward pass is so without this.
+        real_rows = None if model.is_gradient_checkpointing else batch.real_rows
+        with only_rows(real_rows):
+            return self._losses(model, inputs, batch)
+
+    def _losses(self, model: PreTrainedModel, inputs: dict[str, Any], batch: Batch) -> Tensor:
         if self.plain_head:
             hidden = body(model)(**inputs).last_hidden_state.flatten(0, 1)[batch.loss_places]
             head = model.get_output_embeddings()

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference import ATOL, linear_loop, lora_gradients_loop
-from trainer.lora_linear import LoraLinear, lora_linear
+from trainer.lora_linear import LoraLinear, lora_linear, only_rows
 
 
 def base_of(layer: LoraLinear) -> nn.Linear:
@@ -65,6 +66,29 @@ def test_gradients_equal_the_chain_rule_in_loops(rank: int, shape: tuple[int, ..
     for got, want in zip((x.grad, lora_a.grad, lora_b.grad), expected, strict=True):
         assert got is not None
         np.testing.assert_allclose(got.reshape(want.shape), want, atol=ATOL["float32"])
+
+
+def test_rows_that_are_padding_are_passed_over() -> None:
+    """What the other rows give, and their gradients, is what they give alone."""
+    layer, x = make_layer(), torch.randn(2, 3, 6)
+    x[0, 2] = math.nan  # whatever padding holds
+    rows = torch.tensor([0, 1, 3, 4, 5])
+    grad_y = torch.randn(2, 3, 5)
+    padded = x.clone().requires_grad_()
+    with only_rows(rows):
+        y = layer(padded)
+    y.backward(grad_y)
+    gradients = [layer.lora_a.grad, layer.lora_b.grad]
+    layer.lora_a.grad = layer.lora_b.grad = None
+    alone = x.view(6, 6)[rows].requires_grad_()
+    expected = layer(alone)
+    expected.backward(grad_y.view(6, 5)[rows])
+    torch.testing.assert_close(y.view(6, 5)[rows], expected)
+    assert not y.view(6, 5)[2].any()
+    assert padded.grad is not None
+    torch.testing.assert_close(padded.grad.view(6, 6)[rows], alone.grad)
+    assert not padded.grad.view(6, 6)[2].any()
+    torch.testing.assert_close(gradients, [layer.lora_a.grad, layer.lora_b.grad])
 
 
 def test_only_the_input_and_the_rank_sized_product_are_kept() -> None:
