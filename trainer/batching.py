@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention import PackedLayout, lay_out
-from trainer.data import Sample
+from trainer.data import Sample, num_common_tokens
 
 # Samples to be padded are sorted by length within this many batches' worth, so that little of a
 # batch is padding while the order of an epoch stays random.
@@ -184,12 +184,6 @@ def _num_shared(samples: Sequence[Sample]) -> int:
     """Return how many tokens all samples begin with, none of which predicts a token with loss."""
     if len(samples) == 1:
         return 0
-    # The first and the last in order differ where any two do.
-    first, last = (choose(sample.token_ids for sample in samples) for choose in (min, max))
-    shared = next(
-        (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]),
-        min(len(first), len(last)),
-    )
     # Every sample keeps a token of its own, and the prefix's last token predicts only prefixes.
     first_losses = (sample.loss_places[:1] or (len(sample),) for sample in samples)
-    return max(0, min(shared, *(places[0] - 1 for places in first_losses)))
+    return max(0, min(num_common_tokens(samples), *(places[0] - 1 for places in first_losses)))

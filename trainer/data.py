@@ -109,6 +109,16 @@ class Sample:
         return tuple(place for place, carries in enumerate(self.has_loss) if carries)
 
 
+def num_common_tokens(samples: Sequence[Sample]) -> int:
+    """Return how many tokens all samples begin with."""
+    # The first and the last in order differ where any two do.
+    first, last = (choose(sample.token_ids for sample in samples) for choose in (min, max))
+    for place, (one, other) in enumerate(zip(first, last, strict=False)):
+        if one != other:
+            return place
+    return min(len(first), len(last))
+
+
 def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Sample:
     """Return the tokens of an example of any kind, at least one of which carries loss.
 

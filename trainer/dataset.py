@@ -71,6 +71,7 @@ class TrainingData:
         num_left_out: samples of which no token with loss would be left.
         duplicates: lines of data.train with the tokens of an earlier one; they are trained on.
         eval_sets: held-out examples by the set's name, possibly none.
+        eval_samples: their tokens.
         leaks: for each held-out set, its lines that are in data.train too.
         num_too_long: for each held-out set, lines above `max_tokens`, which are left out.
         data_sha256: hexadecimal digest of the file of data.train.
@@ -83,6 +84,7 @@ class TrainingData:
     num_left_out: int
     duplicates: tuple[LinePair, ...]
     eval_sets: dict[str, tuple[Example, ...]]
+    eval_samples: dict[str, tuple[Sample, ...]]
     leaks: dict[str, tuple[LinePair, ...]]
     num_too_long: dict[str, int]
     data_sha256: str
@@ -165,6 +167,10 @@ def load_data(
         duplicates=duplicates,
         eval_sets={
             name: tuple(example for example, _ in found.lines.values())
+            for name, found in sets.items()
+        },
+        eval_samples={
+            name: tuple(sample for _, sample in found.lines.values())
             for name, found in sets.items()
         },
         leaks={name: _leaks(found, first_lines) for name, found in sets.items()},

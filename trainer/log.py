@@ -15,7 +15,7 @@ class LogWriter:
 
     Args:
         trackers: where steps and evaluations go too.
-        after_step:  rows behind this step are dropped first: a run that goes on from a checkpoint
+        after_step: rows behind this step are dropped first: a run that goes on from a checkpoint
             takes those steps again.
     """
 

@@ -144,7 +144,8 @@ def _after_step(run: Run, *, num_steps: int, stops: bool) -> None:
     if evaluates and (is_last or state.step % (settings.eval_steps or 1) == 0):
         evaluate_step(run)
     if is_last or stops or _is_over(run) or state.step % settings.checkpoint_steps == 0:
-        run.processes.agree({"the weights": digest_of(run.weights)})
+        if run.processes.count > 1:  # alone there is nothing to hash them for
+            run.processes.agree({"the weights": digest_of(run.weights)})
         if run.processes.is_first:
             save_checkpoint(run.folder, state, run.optimizer)
         run.processes.wait()

@@ -55,14 +55,10 @@ class ModelLoss:
     def token_losses(self, batch: Batch) -> Tensor:
         """Return -log p of every token of `batch` that carries loss, [num_loss], float32."""
         model = self.base.model
-        inputs: dict[str, Any] = {"position_ids": batch.position_ids, "use_cache": False}
+        inputs = forward_inputs(batch)
         if self.neftune_alpha and model.training:
+            del inputs["input_ids"]
             inputs["inputs_embeds"] = _noisy_embeddings(model, batch, self.neftune_alpha)
-        else:
-            inputs["input_ids"] = batch.token_ids
-        if batch.layout is not None:
-            inputs["packing"] = batch.layout
-            inputs["attention_mask"] = no_mask(model)
         # What is computed again in the backward pass is so without this.
         real_rows = None if model.is_gradient_checkpointing else batch.real_rows
         with only_rows(real_rows):
@@ -89,12 +85,21 @@ class ModelLoss:
         return sums, torch.bincount(batch.owners, minlength=len(samples))
 
 
-def no_mask(model: PreTrainedModel) -> Tensor:
-    """Return a mask of four dimensions, for which transformers makes none of its own.
-
-    Nothing reads it: a packed row's layout says who sees whom.
-    """
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
+def forward_inputs(batch: Batch) -> dict[str, Any]:
+    """Return a batch as the arguments of a model's forward."""
+    inputs: dict[str, Any] = {
+        "input_ids": batch.token_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+    if batch.layout is not None:
+        inputs["packing"] = batch.layout
+        # Of four dimensions, so that transformers makes none of its own. Nothing reads it: a packed
+        # row's layout says who sees whom.
+        inputs["attention_mask"] = torch.ones(
+            1, 1, 1, 1, dtype=torch.bool, device=batch.token_ids.device
+        )
+    return inputs
 
 
 def body(model: PreTrainedModel) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapters.errors import DataError
-from trainer.data import Sample, render
+from trainer.data import Sample, num_common_tokens, render
 from trainer.inject import adapters_off
 from trainer.lora_linear import LoraLinear
 from trainer.model import BaseModel
@@ -42,16 +42,12 @@ def probe_prompts(base: BaseModel, samples: Sequence[Sample]) -> list[tuple[int,
             text = question
         ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
         prompts.append(tuple(ids))
-    first, last = (choose(sample.token_ids for sample in samples) for choose in (min, max))
-    shared = []
-    for one, other in zip(first, last, strict=False):
-        if one != other:
-            break
-        shared.append(one)
     # Nothing that an answer says, and nothing if all samples are one.
-    shared = shared[: min(sample.loss_places[0] for sample in samples)]
-    if first != last and shared and not any(p[: len(shared)] == tuple(shared) for p in prompts):
-        prompts.append(tuple(shared))
+    num_shared = min(num_common_tokens(samples), *(sample.loss_places[0] for sample in samples))
+    shared = samples[0].token_ids[:num_shared]
+    differ = any(sample.token_ids != samples[0].token_ids for sample in samples)
+    if differ and shared and not any(prompt[:num_shared] == shared for prompt in prompts):
+        prompts.append(shared)
     return [prompt[:MAX_PROMPT_TOKENS] for prompt in prompts]
 
 

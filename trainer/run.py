@@ -6,7 +6,7 @@ Owns the order of things; the loop itself is loop.py's.
 import hashlib
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from adapters.errors import ConfigError, RoraError
 from adapters.writer import write_provenance
 from trainer.checkpoint import TrainingState, load_checkpoint, newest_checkpoint
 from trainer.config import TrainConfig
-from trainer.data import Sample, tokenize
+from trainer.data import Sample
 from trainer.dataset import TrainingData, load_data
 from trainer.distributed import Processes
 from trainer.evaluate import compared, evaluate_both
@@ -85,14 +85,10 @@ def resume(run_folder: Path, base: BaseModel, processes: Processes = ALONE) -> P
 
 def _run(config: TrainConfig, base: BaseModel, processes: Processes, *, begins: bool) -> Path:
     data = load_data(config, base.tokenizer, max_positions=max_positions(base.model))
-    held_out = {
-        name: [tokenize(example, base.tokenizer) for example in examples]
-        for name, examples in data.eval_sets.items()
-    }
     base_fingerprint = fingerprint(base.folder)
-    model_loss, layers, description = _prepare(config, base, data, held_out, processes)
+    model_loss, layers, description = _prepare(config, base, data, processes)
     optimizer = RankAdamW(layers, weight_decay=config.train.weight_decay)
-    origin = _origin(config, data, held_out, base_fingerprint, model_loss)
+    origin = _origin(config, data, base_fingerprint, model_loss)
     state = None if begins else load_checkpoint(config.output, optimizer, origin=origin)
     state = state or TrainingState(origin)
     processes.agree(origin | {"the step": str(state.step)})
@@ -107,7 +103,7 @@ def _run(config: TrainConfig, base: BaseModel, processes: Processes, *, begins: 
         folder=config.output,
         loss=model_loss,
         samples=data.samples,
-        eval_samples=held_out,
+        eval_samples=data.eval_samples,
         optimizer=optimizer,
         state=state,
         processes=processes,
@@ -152,7 +148,6 @@ def _prepare(
     config: TrainConfig,
     base: BaseModel,
     data: TrainingData,
-    held_out: Mapping[str, Sequence[Sample]],
     processes: Processes,
 ) -> tuple[ModelLoss, dict[str, LoraLinear], AdapterConfig]:
     """Put fresh layers into the model; the seed alone decides their weights."""
@@ -160,7 +155,7 @@ def _prepare(
     torch.use_deterministic_algorithms(mode=True, warn_only=base.model.device.type != "cpu")
     # That mode also fills all fresh memory, which only helps code that reads what it never wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    longest = max(map(len, chain(data.samples, *held_out.values())))
+    longest = max(map(len, chain(data.samples, *data.eval_samples.values())))
     model_loss, why_padded = find_model_loss(base, longest=longest, packing=settings.packing)
     if why_padded is not None and processes.is_first:
         print(f"samples are padded, not packed: {why_padded}", file=sys.stderr)
@@ -240,7 +235,6 @@ def _evaluate_sets(run: Run, data: TrainingData) -> dict[str, Any]:
 def _origin(
     config: TrainConfig,
     data: TrainingData,
-    held_out: Mapping[str, Sequence[Sample]],
     base_fingerprint: str,
     loss: ModelLoss,
 ) -> dict[str, str]:
@@ -250,7 +244,7 @@ def _origin(
     return {
         "settings": hashlib.sha256(canonical_json(settings)).hexdigest(),
         "the training data": _samples_digest([data.samples]),
-        "the held-out data": _samples_digest(held_out.values()),
+        "the held-out data": _samples_digest(data.eval_samples.values()),
         "the base model": base_fingerprint,
         "the way of computing": f"{loss.base.model.dtype} on {loss.base.model.device.type}, "
         f"packed {loss.packs}, prefix {loss.shares_prefix}, torch {version('torch')}, "

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trainer.attention import PACKED, PackedLayout, PackingError
 from trainer.batching import Batch, pack, pad
 from trainer.data import Sample
-from trainer.loss import ModelLoss, body, no_mask
+from trainer.loss import ModelLoss, body, forward_inputs
 from trainer.model import BaseModel
 
 # Of made-up samples, the longest first as in a row; in several groups of similar length.
@@ -180,10 +180,7 @@ def _padded(base: BaseModel, samples: Sequence[Sample]) -> Batch:
 @torch.no_grad()
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the hidden states before the output layer, [num_rows, num_columns, hidden]."""
-    inputs: dict[str, Any] = {"input_ids": batch.token_ids, "position_ids": batch.position_ids}
-    if batch.layout is not None:
-        inputs |= {"packing": batch.layout, "attention_mask": no_mask(model)}
-    hidden: Tensor = body(model)(**inputs, use_cache=False).last_hidden_state
+    hidden: Tensor = body(model)(**forward_inputs(batch)).last_hidden_state
     return hidden.float()
 
 
