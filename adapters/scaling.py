@@ -99,10 +99,14 @@ def _exact_pattern(values: Mapping[str, Value], *, default: Value) -> dict[str, 
     return dict(sorted({**needed, **spoilt}.items(), key=order))
 
 
-def _scaling(config: AdapterConfig, rank: int, alpha: float) -> ModuleScaling:
-    """Return alpha / sqrt(rank) with `use_rslora`, else alpha / rank.
+def scaling_factor(alpha: float, rank: int, *, use_rslora: bool) -> float:
+    """Return alpha / sqrt(rank) with `use_rslora`, else alpha / rank; rank is at least 1.
 
     Source: RoRA, arXiv 2501.04315, the same formula as rsLoRA, arXiv 2312.03732; LoRA 2106.09685.
     """
-    scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-    return ModuleScaling(rank, float(alpha), scaling)
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def _scaling(config: AdapterConfig, rank: int, alpha: float) -> ModuleScaling:
+    factor = scaling_factor(alpha, rank, use_rslora=config.use_rslora)
+    return ModuleScaling(rank, float(alpha), factor)

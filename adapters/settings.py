@@ -111,6 +111,8 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key}: missing, a value is expected"
     expected = problem["msg"].removeprefix("Value error, ")
+    if not location:  # of several settings together, which the message names
+        return str(expected)
     return f"{key}: found {problem['input']!r}, {expected[:1].lower()}{expected[1:]}"
 
 

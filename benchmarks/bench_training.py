@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.row import RESULTS, commit, spread, write_row
+from benchmarks.row import RESULTS, kept, spread, write_row
 
 TASKS = ("banking77", "snips_slots", "e2e")
 NUM_STEPS, NUM_FEW_STEPS = 20, 5
@@ -40,26 +40,20 @@ PACKAGES = ("rora-serve", "torch", "transformers", "peft", "accelerate")
 
 def run_duel(mode: str, task: str, *more: str, repeat: int = 0) -> dict[str, Any]:
     """Return what one duel, in a process of its own, saw; now, or in a run that was cut short."""
+
+    def fight() -> Any:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.training_duel", mode, task, *more],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            sys.exit(done.stderr)
+        return json.loads(done.stdout.splitlines()[-1])
+
     key = {"mode": mode, "task": task, "arguments": list(more), "repeat": repeat}
-    key |= {"commit": commit()}
-    lines = DUELS.read_text().splitlines() if DUELS.exists() else []
-    for row in map(json.loads, lines):
-        if row["key"] == key:
-            seen: dict[str, Any] = row["seen"]
-            return seen
-    print(mode, task, *more, file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.training_duel", mode, task, *more],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    seen = json.loads(done.stdout.splitlines()[-1])
-    with DUELS.open("a") as file:
-        file.write(json.dumps({"key": key, "seen": seen}) + "\n")
-    print(json.dumps(seen), file=sys.stderr, flush=True)
+    seen: dict[str, Any] = kept(DUELS, key, fight)
     return seen
 
 

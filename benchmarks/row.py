@@ -5,9 +5,11 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,6 +37,24 @@ def write_row(name: str, figures: dict[str, object], packages: Sequence[str]) ->
     with (RESULTS / f"{name}.jsonl").open("a") as file:
         file.write(line + "\n")
     print(line)
+
+
+def kept(path: Path, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+    """Return what `measure` sees, now, or in a run of this commit that was cut short.
+
+    Args: path: file of rows, to which what is seen is appended at once. key: names it in there.
+    """
+    key = {**key, "commit": commit()}
+    lines = path.read_text().splitlines() if path.exists() else []
+    for row in map(json.loads, lines):
+        if row["key"] == key:
+            return row["seen"]
+    print(*key.values(), file=sys.stderr, flush=True)
+    seen = measure()
+    with path.open("a") as file:
+        file.write(json.dumps({"key": key, "seen": seen}) + "\n")
+    print(json.dumps(seen), file=sys.stderr, flush=True)
+    return seen
 
 
 def commit() -> str:

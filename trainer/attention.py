@@ -47,18 +47,18 @@ class AttentionGroup:
     places: Tensor | None
     mask: Tensor | None
 
-    def pad(self, row: Tensor) -> Tensor:
-        """[num_tokens, heads, head_dim] of the whole row -> [num_samples, longest, ...]."""
-        tokens = row[self.start : self.stop]
+    def pad(self, rows: Tensor) -> Tensor:
+        """[num_rows, num_tokens, heads, head_dim] -> [num_rows, num_samples, longest, ...]."""
+        tokens = rows[:, self.start : self.stop]
         if self.places is not None:
-            padded = tokens.new_zeros(self.num_samples * self.longest, *tokens.shape[1:])
-            tokens = padded.index_copy(0, self.places, tokens)
-        return tokens.view(self.num_samples, self.longest, *tokens.shape[1:])
+            size = (len(rows), self.num_samples * self.longest, *tokens.shape[2:])
+            tokens = tokens.new_zeros(size).index_copy(1, self.places, tokens)
+        return tokens.view(len(rows), self.num_samples, self.longest, *tokens.shape[2:])
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """[num_samples, longest, ...] -> [stop - start, ...]."""
-        tokens: Tensor = padded.flatten(0, 1)
-        return tokens if self.places is None else tokens.index_select(0, self.places)
+        """[num_rows, num_samples, longest, ...] -> [num_rows, stop - start, ...]."""
+        tokens = padded.flatten(1, 2)
+        return tokens if self.places is None else tokens.index_select(1, self.places)
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ def packed_attention(
     """Return what each sample's own causal attention gives, the prefix computed once.
 
     Args:
-        query: [1, num_heads, num_tokens, head_dim]; key, value: [1, num_kv_heads, ...].
+        query: [num_rows, num_heads, num_tokens, head_dim]; key, value: [.., num_kv_heads, ..].
         attention_mask: counts only without a layout.
-        packing: the row's layout.
+        packing: the layout of every row.
         others: settings of models whose attention is of another kind; refused if they are set.
             sliding_window, how far back a token sees, may be set if it takes in every sample.
-    Returns: [1, num_tokens, num_heads, head_dim], new, and no attention weights.
+    Returns: [num_rows, num_tokens, num_heads, head_dim], new, and no attention weights.
     Raises: PackingError: the model's attention is of another kind, or looks back less far than a
         sample is long.
     """
@@ -151,30 +151,34 @@ def packed_attention(
         raise PackingError(f"its attention uses {', '.join(refused)}")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """[num_samples, num_tokens, heads, head_dim] in and out."""
+        """[num_rows, num_samples, num_tokens, heads, head_dim] in and out."""
         attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
+            q.flatten(0, 1).transpose(1, 2),
+            k.flatten(0, 1).transpose(1, 2),
+            v.flatten(0, 1).transpose(1, 2),
             attn_mask=mask,
             dropout_p=dropout if module.training else 0.0,
             is_causal=mask is None,
             scale=scaling,
             enable_gqa=True,
         )
-        return attended.transpose(1, 2)
+        return attended.transpose(1, 2).reshape(q.shape)
 
-    # [num_tokens, heads, head_dim]: a token's heads lie together, as the projections wrote them.
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # [num_rows, num_tokens, heads, head_dim]: a token's heads lie together, as the projections
+    # wrote them. On CPUs torch's attention takes four times as long in bfloat16 as in float32.
+    dtype = torch.float32 if query.device.type == "cpu" else query.dtype
+    q, k, v = (tensor.transpose(1, 2).to(dtype) for tensor in (query, key, value))
     num_prefix = packing.num_prefix
-    shared_k, shared_v = k[None, :num_prefix], v[None, :num_prefix]
-    parts = [attend(q[None, :num_prefix], shared_k, shared_v, None)[0]] if num_prefix else []
+    shared_k, shared_v = k[:, None, :num_prefix], v[:, None, :num_prefix]
+    parts = []
+    if num_prefix:
+        parts.append(attend(q[:, None, :num_prefix], shared_k, shared_v, None)[:, 0])
     for group in packing.groups:
-        size = (group.num_samples, -1, -1, -1)
-        own_k = torch.cat([shared_k.expand(size), group.pad(k)], dim=1)
-        own_v = torch.cat([shared_v.expand(size), group.pad(v)], dim=1)
+        size = (-1, group.num_samples, -1, -1, -1)
+        own_k = torch.cat([shared_k.expand(size), group.pad(k)], dim=2)
+        own_v = torch.cat([shared_v.expand(size), group.pad(v)], dim=2)
         parts.append(group.unpad(attend(group.pad(q), own_k, own_v, group.mask)))
-    return torch.cat(parts)[None], None
+    return torch.cat(parts, dim=1).to(query.dtype), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

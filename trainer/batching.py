@@ -26,7 +26,7 @@ class Batch:
 
     Args:
         token_ids, position_ids: [num_rows, num_columns], int64.
-        layout: of the packed row; None if padded.
+        layout: of each packed row; None if padded.
         loss_places: [num_loss], int64: places in the flattened [num_rows * num_columns] whose
             output predicts a token that carries loss.
         targets: [num_loss], int64: these tokens.
@@ -177,6 +177,31 @@ def pad(samples: Sequence[Sample], *, pad_token_id: int, device: torch.device) -
         sample_lengths=lengths[:, None].expand(-1, longest),
         num_samples=len(samples),
         real_rows=real_rows,
+    )
+
+
+def repeat(batch: Batch, times: int) -> Batch:
+    """Return copies of a batch, one under the other: rows, losses and owners copy by copy."""
+    if times == 1:
+        return batch
+    copies = torch.arange(times)
+
+    def shifted(places: Tensor, size: int) -> Tensor:
+        """Let each copy's places count from where it begins."""
+        starts = copies.to(places.device)[:, None] * size
+        return (starts + places).flatten()
+
+    num_tokens = batch.token_ids.numel()
+    return Batch(
+        token_ids=batch.token_ids.repeat(times, 1),
+        position_ids=batch.position_ids.repeat(times, 1),
+        layout=batch.layout,
+        loss_places=shifted(batch.loss_places, num_tokens),
+        targets=batch.targets.repeat(times),
+        owners=shifted(batch.owners, batch.num_samples),
+        sample_lengths=batch.sample_lengths.repeat(times, 1),
+        num_samples=batch.num_samples * times,
+        real_rows=None if batch.real_rows is None else shifted(batch.real_rows, num_tokens),
     )
 
 

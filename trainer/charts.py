@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from trainer.module_grid import by_layer
 from trainer.run_log import Course
 
 _INK = "#17191d"  # of text and axes; in SVG it gives way to the page's own colour
@@ -131,9 +132,7 @@ def draw_modules(name: str, values: Mapping[str, float], label: str) -> Picture:
             finite, stays blank.
         label: what the values are.
     """
-    grid, others = _by_layer(values)
-    columns = sorted({kind for _, kind in grid}, key=_natural)
-    layers = sorted({layer for layer, _ in grid})
+    grid, layers, columns, others = by_layer(values)
     bars = sorted(others, key=lambda module: -abs(others[module]))[:_MAX_BARS]
     heights = [min(1.3 + 0.19 * len(layers), _MAX_HEIGHT)] if grid else []
     heights += [0.7 + 0.22 * len(bars)] if bars else []
@@ -205,29 +204,6 @@ def _bars(axes: Axes, values: Mapping[str, float]) -> None:
     axes.barh(np.arange(len(names)), widths, color=_LINE)
     axes.set_yticks(np.arange(len(names)), [_short(name) for name in names], fontsize=7.5)
     axes.invert_yaxis()
-
-
-def _by_layer(
-    values: Mapping[str, float],
-) -> tuple[dict[tuple[int, str], float], dict[str, float]]:
-    """Return values by (layer, kind), and those of modules whose path has no number."""
-    grid, others = {}, {}
-    matches = {name: re.fullmatch(r"(.*?)\.?\b(\d{1,9})\b\.?(.*)", name) for name in values}
-    stems = {match[1] for match in matches.values() if match}
-    for name, value in values.items():
-        match = matches[name]
-        if match is None:
-            others[name] = value
-        else:
-            # Two towers have their own layer 0; one needs no word about where it stands.
-            kind = match[3] if len(stems) == 1 else f"{match[1]}.*.{match[3]}"
-            grid[int(match[2]), kind] = value
-    return grid, others
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Sort key: numbers within a name by their value."""
-    return [(int(n or 0), word) for word, n in re.findall(r"(\D+)(\d{0,9})", text)]
 
 
 def _axes(figure: Figure, label: str) -> Axes:

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from adapters.errors import TrainingError
 from adapters.writer import make_folder, sync_folder
-from trainer.lora_linear import LoraLinear
+from trainer.lora_linear import Factors
 from trainer.optim import RankAdamW
 
 CHECKPOINT_FOLDER = "checkpoints"
 _STATE_KEY = "rora_train"
 _DIGEST_KEY = "sha256"
-_WEIGHTS = ("lora_a", "lora_b")
 
 
 @dataclass
@@ -38,7 +37,9 @@ class TrainingState:
         smoothed_loss: running mean of the steps' losses.
         num_tokens: trained on; seconds: spent in steps.
         best_loss, best_step: of the best evaluation so far; num_worse: evaluations since.
-        best_weights: of that step, lora_a and lora_b by module path.
+        best_factors: of that step, by module path.
+        rounds: of allocation so far, as allocation.record has them.
+        scoring_seconds: spent in them, beside `seconds`.
     """
 
     origin: dict[str, str]
@@ -49,7 +50,9 @@ class TrainingState:
     best_loss: float | None = None
     best_step: int | None = None
     num_worse: int = 0
-    best_weights: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    best_factors: dict[str, Factors] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    scoring_seconds: float = 0.0
 
 
 def save_checkpoint(run_folder: Path, state: TrainingState, optimizer: RankAdamW) -> Path:
@@ -58,15 +61,13 @@ def save_checkpoint(run_folder: Path, state: TrainingState, optimizer: RankAdamW
     Returns: `run_folder`/checkpoints/step-<8 digits>.safetensors.
     Raises: TrainingError: it can not be written.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in optimizer.layers.items():
-        tensors[f"{name}.lora_a"] = layer.lora_a.detach()
-        tensors[f"{name}.lora_b"] = layer.lora_b.detach()
+        tensors |= _as_tensors(name, layer.factors)
         tensors |= {f"{name}.{key}": value for key, value in optimizer.state[name].items()}
-    for name, weights in state.best_weights.items():
-        for key, weight in zip(_WEIGHTS, weights, strict=True):
-            tensors[f"best.{name}.{key}"] = weight
-    values = {key: value for key, value in vars(state).items() if key != "best_weights"}
+    for name, factors in state.best_factors.items():
+        tensors |= _as_tensors(f"best.{name}", factors)
+    values = {key: value for key, value in vars(state).items() if key != "best_factors"}
     content = digest_of(tensors[name] for name in sorted(tensors))
     folder = run_folder / CHECKPOINT_FOLDER
     path = folder / f"step-{state.step:08d}.safetensors"
@@ -121,10 +122,13 @@ def load_checkpoint(
                     "are expected; put them back, or start a new run"
                 )
             for name, layer in optimizer.layers.items():
-                _restore(name, layer, optimizer.state[name], file)
+                layer.set_factors(_read_factors(name, file))
+                optimizer.state[name] = {
+                    key: file.get_tensor(f"{name}.{key}").to(before.device)
+                    for key, before in optimizer.state[name].items()
+                }
                 if state.best_step is not None:
-                    a, b = (file.get_tensor(f"best.{name}.{key}") for key in _WEIGHTS)
-                    state.best_weights[name] = (a.to(layer.lora_a), b.to(layer.lora_b))
+                    state.best_factors[name] = _read_factors(f"best.{name}", file)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, TrainingError):
             raise
@@ -148,9 +152,17 @@ def digest_of(weights: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def _restore(name: str, layer: LoraLinear, moments: dict[str, Tensor], file: Any) -> None:
-    layer.lora_a.copy_(file.get_tensor(f"{name}.lora_a"))
-    layer.lora_b.copy_(file.get_tensor(f"{name}.lora_b"))
-    for key, moment in moments.items():
-        moment.copy_(file.get_tensor(f"{name}.{key}"))
+def _as_tensors(name: str, factors: Factors) -> dict[str, Tensor]:
+    """Return factors as a checkpoint has them: ranks move, and the scaling with them."""
+    return {
+        f"{name}.lora_a": factors.lora_a,
+        f"{name}.lora_b": factors.lora_b,
+        f"{name}.scaling": torch.tensor(factors.scaling, dtype=torch.float64),
+    }
+
+
+def _read_factors(name: str, file: Any) -> Factors:
+    lora_a, lora_b, scaling = (
+        file.get_tensor(f"{name}.{key}") for key in ("lora_a", "lora_b", "scaling")
+    )
+    return Factors(lora_a, lora_b, float(scaling))

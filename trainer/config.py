@@ -90,6 +90,53 @@ class AdapterSettings(_Section):
         return (value,) if isinstance(value, str) else value
 
 
+class AllocationSettings(_Section):
+    """ALoRA: ranks move between modules while the adapter trains (arXiv 2403.16187)."""
+
+    enabled: bool = Field(
+        default=False,
+        description="move ranks from modules where they matter least to others, while training",
+    )
+    warmup_epochs: float = Field(
+        1.0, gt=0, description="passes over data.train before the first round (K1)"
+    )
+    rounds: int = Field(8, ge=1, description="times that ranks move (N_A)")
+    epochs_per_round: float = Field(
+        0.25, gt=0, description="passes over data.train after each round (K2)"
+    )
+    ranks_per_round: int | float = Field(
+        7, description="ranks that move in a round: a number, or a fraction of all ranks (n_A)"
+    )
+    score_samples: int = Field(
+        32,
+        ge=1,
+        description="samples of data.train that are set apart, to measure ranks on (B_val)",
+    )
+    score: Literal["gradient", "screened", "exact", "random", "none"] = Field(
+        "gradient",
+        description="how ranks are measured: by gradients; by these and ablation near the cut; by "
+        "ablation; or controls: at random; not at all, and the time goes into more steps",
+    )
+    scale_rank: Literal["current", "initial"] = Field(
+        "current", description="the rank in the scaling: a module's own, or the one it began with"
+    )
+    min_rank: int = Field(0, ge=0, description="rank that no module is pruned below")
+    grace_rounds: int = Field(0, ge=0, description="rounds for which a new rank is not pruned")
+
+    @field_validator("ranks_per_round")
+    @classmethod
+    def _a_count_or_a_share(cls, value: float) -> float:
+        is_count = isinstance(value, int) and value >= 1
+        if not is_count and not (isinstance(value, float) and 0 < value < 1):
+            raise ValueError("a whole number from 1, or a fraction between 0 and 1 is expected")
+        return value
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data that the rounds need."""
+        return self.warmup_epochs + self.rounds * self.epochs_per_round
+
+
 class LoopSettings(_Section):
     """The training loop."""
 
@@ -179,6 +226,7 @@ class TrainConfig(_Section):
     output: Path = Field(description="new folder for the adapter and the run's log")
     data: DataSettings
     adapter: AdapterSettings = AdapterSettings()
+    allocation: AllocationSettings = AllocationSettings()
     train: LoopSettings = LoopSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -188,4 +236,22 @@ class TrainConfig(_Section):
             raise ValueError("train.early_stopping_patience needs train.eval_steps")
         if self.train.eval_steps is not None and self.data.eval is None:
             raise ValueError("train.eval_steps needs data.eval")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> Self:
+        settings = self.allocation
+        if not settings.enabled:
+            return self
+        if self.train.epochs < settings.epochs - 1e-9:
+            raise ValueError(
+                f"train.epochs is {self.train.epochs:g}, at least allocation.warmup_epochs + "
+                f"rounds * epochs_per_round = {settings.epochs:g} is expected; raise it, or lower "
+                "those"
+            )
+        if settings.min_rank > self.adapter.rank:
+            raise ValueError(
+                f"allocation.min_rank is {settings.min_rank}, at most adapter.rank = "
+                f"{self.adapter.rank} is expected"
+            )
         return self

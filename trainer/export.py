@@ -62,6 +62,7 @@ def export(
     factors = {
         name: (layer.lora_a.detach().cpu().numpy(), layer.lora_b.detach().cpu().numpy())
         for name, layer in layers.items()
+        if layer.rank
     }
     prompts = probe_prompts(base, samples)
     provenance["probe"], trained = make_probe(base, layers, prompts)

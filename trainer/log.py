@@ -37,6 +37,12 @@ class LogWriter:
         self._append({"step": step, **values})
         self._trackers.log(step, {f"train/{name}": value for name, value in values.items()})
 
+    def round(self, step: int, row: dict[str, Any]) -> None:
+        """Append how ranks moved after a step."""
+        self._append({"step": step, "allocation": row})
+        scoring = {"seconds": row["seconds"], "num_parameters": row["num_parameters"]}
+        self._trackers.log(step, {f"allocation/{name}": value for name, value in scoring.items()})
+
     def evaluation_in_training(self, step: int, losses: dict[str, float], *, best: bool) -> None:
         """Append the loss on each held-out set after a step, and whether it is the best so far."""
         self._append({"step": step, "eval_loss": losses, "best": best})

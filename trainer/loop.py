@@ -18,17 +18,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapters.errors import TrainingError
+from trainer.allocation import Allocation, all_scores, in_words, record
 from trainer.batching import plan_epoch, split_step
 from trainer.checkpoint import TrainingState, digest_of, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import Sample
 from trainer.distributed import Processes
+from trainer.importance import Measure
 from trainer.log import LogWriter
 from trainer.loss import ModelLoss
 from trainer.optim import RankAdamW, learning_rate_factor
 
 # Nothing is kept for a backward pass, so more fits than in a step.
 EVAL_BATCH_TOKENS = 2048
+
+
+# Of each step: passes over the data after it, and indices of its samples.
+Plan = Sequence[tuple[float, Sequence[int]]]
 
 
 @dataclass
@@ -40,6 +46,8 @@ class Run:
         samples: to train on; eval_samples: held out, by the name of their set.
         optimizer: holds the trained layers; state: where the run stands.
         log: None in all processes but the first.
+        plan: every step from the first.
+        allocation: of ranks, if they move.
     """
 
     config: TrainConfig
@@ -51,6 +59,8 @@ class Run:
     state: TrainingState
     processes: Processes
     log: LogWriter | None
+    plan: Plan = ()
+    allocation: Allocation | None = None
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -75,7 +85,7 @@ def run_steps(run: Run) -> None:
         TrainingError: a loss, a gradient or a held-out loss is not finite.
         KeyboardInterrupt: stopped by a signal, after a checkpoint.
     """
-    plan = plan_run(run.config, run.lengths, packed=run.loss.packs)
+    plan = run.plan
     run.loss.base.model.train()
     progress = tqdm(
         total=len(plan),
@@ -92,16 +102,11 @@ def run_steps(run: Run) -> None:
         # One that came too late to stop a step.
         if run.processes.any(truth=bool(signals)):
             raise KeyboardInterrupt
-    with torch.no_grad():
-        for name, (lora_a, lora_b) in run.state.best_weights.items():
-            layer = run.optimizer.layers[name]
-            layer.lora_a.copy_(lora_a)
-            layer.lora_b.copy_(lora_b)
+    for name, factors in run.state.best_factors.items():
+        run.optimizer.layers[name].set_factors(factors)
 
 
-def _next_step(
-    run: Run, plan: Sequence[tuple[float, list[int]]], progress: Any, *, stop: bool
-) -> bool:
+def _next_step(run: Run, plan: Plan, progress: Any, *, stop: bool) -> bool:
     """Take the next step, count and tell it; return whether any process was asked to stop."""
     settings, state = run.config.train, run.state
     assert settings.learning_rate != "auto"
@@ -137,9 +142,11 @@ def _next_step(
 
 
 def _after_step(run: Run, *, num_steps: int, stops: bool) -> None:
-    """Evaluate and write a checkpoint where they are due."""
+    """Move ranks, evaluate and write a checkpoint where they are due."""
     settings, state = run.config.train, run.state
     is_last = state.step == num_steps
+    if run.allocation is not None and run.allocation.is_due(state.step, len(state.rounds)):
+        move_ranks(run, run.allocation)
     evaluates = settings.eval_steps is not None and bool(run.eval_samples)
     if evaluates and (is_last or state.step % (settings.eval_steps or 1) == 0):
         evaluate_step(run)
@@ -211,10 +218,7 @@ def evaluate_step(run: Run) -> None:
     is_best = state.best_loss is None or mean < state.best_loss
     if is_best:
         state.best_loss, state.best_step, state.num_worse = mean, state.step, 0
-        state.best_weights = {
-            name: (layer.lora_a.detach().clone(), layer.lora_b.detach().clone())
-            for name, layer in run.optimizer.layers.items()
-        }
+        state.best_factors = {name: layer.factors for name, layer in run.optimizer.layers.items()}
     else:
         state.num_worse += 1
     if run.log is not None:
@@ -226,12 +230,45 @@ def evaluate_step(run: Run) -> None:
         )
 
 
+def move_ranks(run: Run, allocation: Allocation) -> None:
+    """Measure every rank, prune the least important ones and grow others.
+
+    Raises: TrainingError: a score is not a number, or processes come to different ends.
+    """
+    state, optimizer = run.state, run.optimizer
+    started = time.perf_counter()
+    measure = Measure(
+        loss=run.loss,
+        layers=optimizer.layers,
+        samples=allocation.score_samples,
+        max_tokens=run.batch_tokens(EVAL_BATCH_TOKENS),
+        processes=run.processes,
+    )
+    number = len(state.rounds) + 1
+    scores = allocation.measure(measure, number)
+    move = allocation.choose(scores, optimizer, number)
+    allocation.apply(move, optimizer, number)
+    if run.processes.count > 1:
+        run.processes.agree({"the ranks": repr(move), "the weights": digest_of(run.weights)})
+    seconds = time.perf_counter() - started
+    state.scoring_seconds += seconds
+    row = record(scores, move, optimizer, number=number, step=state.step, seconds=seconds)
+    state.rounds.append(row)
+    if run.log is not None:
+        run.log.round(state.step, row | {"scores": all_scores(scores)})
+        tqdm.write(in_words(row), file=sys.stderr)
+
+
 def plan_run(
-    config: TrainConfig, lengths: Sequence[int], *, packed: bool
-) -> list[tuple[float, list[int]]]:
-    """Return (passes over the data so far, indices of samples) for each step of the run."""
+    config: TrainConfig, lengths: Sequence[int], *, packed: bool, extra_tokens: int = 0
+) -> Plan:
+    """Return each step of a run.
+
+    Args: extra_tokens: trained on beyond train.epochs.
+    """
+    epochs = config.train.epochs + extra_tokens / sum(lengths)
     plan = []
-    for epoch in range(math.ceil(config.train.epochs)):
+    for epoch in range(math.ceil(epochs)):
         steps = plan_epoch(
             lengths,
             batch_tokens=config.train.batch_tokens,
@@ -239,7 +276,7 @@ def plan_run(
             seed=config.train.seed * 1_000_003 + epoch,
             packed=packed,
         )
-        share = min(1.0, config.train.epochs - epoch)
+        share = min(1.0, epochs - epoch)
         for position, indices in enumerate(steps[: math.ceil(share * len(steps))], start=1):
             plan.append((round(epoch + position / len(steps), 4), indices))
     return plan

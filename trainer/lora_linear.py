@@ -1,10 +1,10 @@
 """LoraLinear: a frozen linear layer with a trained low-rank delta beside it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,14 @@ def only_rows(rows: Tensor | None) -> Iterator[None]:
         yield
     finally:
         _real_rows.reset(token)
+
+
+class Factors(NamedTuple):
+    """A [rank, in_features] and B [out_features, rank] of a layer, float32, and their scaling."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
 
 
 class LoraLinear(nn.Module):
@@ -58,13 +66,16 @@ class LoraLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
+        self.in_features = in_features
+        self.out_features = out_features
         self.scaling = scaling
         self.dropout = dropout
+        # While importance is measured: [rank] or [num_copies, rank], float32. Each rank's part of
+        # the delta is multiplied by it; of an input's rows every copy has an equal share.
+        self.gates: Tensor | None = None
         device = next(base.parameters()).device
         # Float32 whatever the base model's dtype: a 16-bit weight would round small updates away.
-        lora_a = torch.empty(rank, in_features)
-        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
-        self.lora_a = nn.Parameter(lora_a.to(device))
+        self.lora_a = nn.Parameter(self._fresh_rows(rank, generator).to(device))
         self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device=device))
 
     @property
@@ -74,19 +85,63 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [.., out_features] in the dtype of the base layer's output."""
-        if self.scaling == 0:  # switched off; 0 times not-a-number would still be that
+        # Switched off, 0 times not-a-number would still be that; or pruned to nothing.
+        if self.scaling == 0 or self.rank == 0:
             y: Tensor = self.base(x)
             return y
         # A layer of another class (Conv1D, a quantised one) multiplies in its own way.
-        if type(self.base) is nn.Linear and not (self.dropout and self.training):
+        in_own_way = self.gates is not None or (self.dropout and self.training)
+        if type(self.base) is nn.Linear and not in_own_way:
             return lora_linear(
                 x, self.base.weight, self.base.bias, self.lora_a, self.lora_b, self.scaling
             )
         y = self.base(x)
         dropped = F.dropout(x, self.dropout, self.training)
         shrunk = F.linear(dropped, self.lora_a.to(x.dtype))
+        if self.gates is not None:
+            copies = shrunk.view(len(self.gates) if self.gates.dim() > 1 else 1, -1, self.rank)
+            # In float32, in which the gates' gradients are summed.
+            gated = copies.float() * self.gates.view(-1, 1, self.rank)
+            shrunk = gated.view_as(shrunk).to(x.dtype)
         # Scaling the rank-sized intermediate is the cheapest place.
         return y + F.linear(shrunk * self.scaling, self.lora_b.to(x.dtype)).to(y.dtype)
+
+    @property
+    def factors(self) -> Factors:
+        """What is trained, copied."""
+        return Factors(self.lora_a.detach().clone(), self.lora_b.detach().clone(), self.scaling)
+
+    @torch.no_grad()
+    def set_factors(self, factors: Factors) -> None:
+        """Take copies of other factors, of any rank."""
+        self.lora_a = nn.Parameter(factors.lora_a.to(self.lora_a.device, copy=True))
+        self.lora_b = nn.Parameter(factors.lora_b.to(self.lora_b.device, copy=True))
+        self.scaling = factors.scaling
+
+    @torch.no_grad()
+    def resize(
+        self, kept: Sequence[int], num_new: int, *, scaling: float, generator: torch.Generator
+    ) -> float:
+        """Keep some ranks and append new ones; what the kept ranks compute stays as it is.
+
+        A new rank begins as the first ones did, A random and B zero, and so changes nothing either.
+        Args: kept: indices, in their new order. scaling: from now on; 0 without ranks.
+        Returns: what B was multiplied by, old scaling / new scaling.
+        """
+        factor = self.scaling / scaling if len(kept) else 1.0
+        fresh = self._fresh_rows(num_new, generator).to(self.lora_a.device)
+        zeros = self.lora_b.new_zeros(self.out_features, num_new)
+        lora_a = torch.cat([self.lora_a[list(kept)], fresh])
+        lora_b = torch.cat([self.lora_b[:, list(kept)] * factor, zeros], dim=1)
+        self.set_factors(Factors(lora_a, lora_b, scaling))
+        return factor
+
+    def _fresh_rows(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return rows of A before training, [count, in_features]; no rank decides their spread."""
+        rows = torch.empty(count, self.in_features)
+        if count:
+            nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)
+        return rows
 
 
 def lora_linear(

@@ -1,7 +1,7 @@
 """The optimizer, with state by rank, and its schedule."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -58,6 +58,32 @@ class RankAdamW:
                 if self.weight_decay:
                     weight.mul_(1 - learning_rate * self.weight_decay)
                 weight.sub_((mean / correction1.view(shape)).div_(size), alpha=learning_rate)
+
+    @torch.no_grad()
+    def resize(
+        self,
+        name: str,
+        kept: Sequence[int],
+        num_new: int,
+        *,
+        scaling: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Resize a layer and the moments with it, as LoraLinear.resize says.
+
+        With B multiplied by c its gradient is divided by c, so its first moment is divided by c and
+        its second by c². New ranks begin with zero moments and no steps.
+        """
+        layer, before = self.layers[name], self.state[name]
+        factor = layer.resize(kept, num_new, scaling=scaling, generator=generator)
+        state = _fresh_state(layer)
+        num_kept, indices = len(kept), list(kept)
+        state["exp_avg_a"][:num_kept] = before["exp_avg_a"][indices]
+        state["exp_avg_sq_a"][:num_kept] = before["exp_avg_sq_a"][indices]
+        state["exp_avg_b"][:, :num_kept] = before["exp_avg_b"][:, indices] / factor
+        state["exp_avg_sq_b"][:, :num_kept] = before["exp_avg_sq_b"][:, indices] / factor**2
+        state["num_steps"][:num_kept] = before["num_steps"][indices]
+        self.state[name] = state
 
 
 def _fresh_state(layer: LoraLinear) -> dict[str, Tensor]:

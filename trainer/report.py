@@ -6,7 +6,7 @@ Owns the page and the choice of pictures; trainer/charts.py draws, trainer/run_l
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "report.html"
 PICTURES_FOLDER = "report"
+_MAX_MOVES = 12  # modules that are named beside a round's picture
 _MAX_ROWS = 1000  # of the table of modules; a mixture of experts has tens of thousands
 _NONE = "-"
 Values = Mapping[str, Any]
@@ -58,12 +59,14 @@ class Section:
         title: the heading.
         picture: None if the run has no numbers to draw.
         note: a sentence under the heading, or nothing.
+        folded: shown when it is clicked on.
     """
 
     name: str
     title: str
     picture: "Picture | None"
     note: str = ""
+    folded: bool = False
 
 
 def write_report(run_folder: Path, adapter_folder: Path) -> Path:
@@ -89,6 +92,7 @@ def write_report(run_folder: Path, adapter_folder: Path) -> Path:
     norms = _delta_norms(artifact) if artifact else {}
     sections = [
         *_course_sections(log),
+        *_round_sections(log),
         module_section(
             "delta_norm",
             "What the adapter changes",
@@ -103,6 +107,7 @@ def write_report(run_folder: Path, adapter_folder: Path) -> Path:
         f'<p class="failed">The run failed: {escape(log.failure)}</p>' if log.failure else "",
         _facts(_summary(config, log, artifact, origin)),
         _results(log.results),
+        _rounds(log),
         *map(_section, sections),
         _modules(artifact, norms),
         _folded("Provenance", _facts(_provenance_rows(origin))) if origin else "",
@@ -156,6 +161,80 @@ def _course_sections(log: RunLog) -> list[Section]:
             draw_norm("gradient_norm", norm, "norm before clipping") if len(norm) else None,
         ),
     ]
+
+
+def _round_sections(log: RunLog) -> list[Section]:
+    """Return what allocation did: the last ranks and their scores, and, folded, every round."""
+    sections = []
+    for row in log.rounds:
+        number, is_last = row["round"], row is log.rounds[-1]
+        section = module_section(
+            f"ranks_{number}",
+            f"Ranks after round {number}",
+            _numbers(row.get("ranks")),
+            label="rank",
+            note=_moves(row),
+        )
+        sections.append(replace(section, folded=not is_last))
+        if is_last:
+            scores = module_section(
+                "scores",
+                f"Importance in round {number}",
+                _numbers(row.get("mean_scores")),
+                label="mean score of a module's ranks",
+                note="Loss without a rank less the loss with it alone. Blank: no rank.",
+            )
+            sections.append(scores)
+    # The last first, and what came before behind it.
+    return sorted(sections, key=lambda section: section.folded)
+
+
+def _moves(row: Values) -> str:
+    """Return which modules lost and got ranks in a round."""
+
+    def listed(counts: Mapping[str, float]) -> str:
+        ordered = sorted(counts.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} {count:.0f}" for name, count in ordered[:_MAX_MOVES])
+        more = len(ordered) - _MAX_MOVES
+        return f"{shown}, and {more} more modules" if more > 0 else shown or "none"
+
+    pruned = row.get("pruned")
+    lost = {
+        name: float(len(ranks))
+        for name, ranks in (pruned if isinstance(pruned, dict) else {}).items()
+        if isinstance(ranks, list)
+    }
+    return f"Pruned: {listed(lost)}. Grown: {listed(_numbers(row.get('grown')))}."
+
+
+def _rounds(log: RunLog) -> str:
+    """Return the table of allocation's rounds."""
+    if not log.rounds:
+        return ""
+    head = ("Round", "Step", "Score", "Ranks", "Parameters", "Loss", "without adapter", "Seconds")
+    rows = []
+    for row in log.rounds:
+        losses = (finite(row.get(key)) for key in ("loss", "base_loss"))
+        seconds = finite(row.get("seconds"))
+        rows.append(
+            (
+                str(row["round"]),
+                _number(row.get("step")) or _NONE,
+                str(row.get("score", _NONE)),
+                f"{sum(_numbers(row.get('ranks')).values()):,.0f}",
+                _number(row.get("num_parameters")) or _NONE,
+                *(_NONE if loss is None else f"{loss:.4f}" for loss in losses),
+                _NONE if seconds is None else f"{seconds:.1f}",
+            )
+        )
+    note = "Losses are those of the samples that importance was measured on, before the move."
+    return f'<h2>Allocation of ranks</h2><p class="note">{note}</p>{_table(head, rows)}'
+
+
+def _numbers(values: object) -> dict[str, float]:
+    """Return what is a finite number of a mapping from a file."""
+    found = {str(k): finite(v) for k, v in (values if isinstance(values, dict) else {}).items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _summary(
@@ -216,6 +295,8 @@ def _section(section: Section) -> str:
     else:
         label = escape(section.title)
         body = f'<figure role="img" aria-label="{label}">{section.picture.svg}</figure>'
+    if section.folded:
+        return _folded(section.title, note + body)
     return f"<section><h2>{escape(section.title)}</h2>{note}{body}</section>"
 
 

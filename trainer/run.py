@@ -21,6 +21,14 @@ from adapters.base_model import fingerprint
 from adapters.digest import canonical_json
 from adapters.errors import ConfigError, RoraError
 from adapters.writer import write_provenance
+from trainer.allocation import (
+    Allocation,
+    extra_tokens,
+    history_of,
+    plan_rounds,
+    set_apart,
+    trained_config,
+)
 from trainer.checkpoint import TrainingState, load_checkpoint, newest_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import Sample
@@ -30,10 +38,11 @@ from trainer.evaluate import compared, evaluate_both
 from trainer.export import adapter_config, export, peft_targets, provenance
 from trainer.inject import check_ranks, inject, target_modules
 from trainer.log import LogWriter, read_log
-from trainer.loop import EVAL_BATCH_TOKENS, Run, run_steps
+from trainer.loop import EVAL_BATCH_TOKENS, Run, plan_run, run_steps
 from trainer.lora_linear import LoraLinear
 from trainer.loss import ModelLoss
 from trainer.model import BaseModel, max_positions
+from trainer.module_grid import grid_in_words
 from trainer.optim import RankAdamW
 from trainer.report import write_report
 from trainer.run_folder import (
@@ -85,9 +94,20 @@ def resume(run_folder: Path, base: BaseModel, processes: Processes = ALONE) -> P
 
 def _run(config: TrainConfig, base: BaseModel, processes: Processes, *, begins: bool) -> Path:
     data = load_data(config, base.tokenizer, max_positions=max_positions(base.model))
+    samples, score_samples = set_apart(config, data.samples)
     base_fingerprint = fingerprint(base.folder)
     model_loss, layers, description = _prepare(config, base, data, processes)
     optimizer = RankAdamW(layers, weight_decay=config.train.weight_decay)
+    plan = plan_run(
+        config,
+        [len(sample) for sample in samples],
+        packed=model_loss.packs,
+        extra_tokens=extra_tokens(config, score_samples),
+    )
+    allocation = None
+    if config.allocation.enabled:
+        rounds_after = plan_rounds(config, [epochs for epochs, _ in plan])
+        allocation = Allocation(config, len(layers), rounds_after, score_samples)
     origin = _origin(config, data, base_fingerprint, model_loss)
     state = None if begins else load_checkpoint(config.output, optimizer, origin=origin)
     state = state or TrainingState(origin)
@@ -102,12 +122,14 @@ def _run(config: TrainConfig, base: BaseModel, processes: Processes, *, begins: 
         config=config,
         folder=config.output,
         loss=model_loss,
-        samples=data.samples,
+        samples=samples,
         eval_samples=data.eval_samples,
         optimizer=optimizer,
         state=state,
         processes=processes,
         log=log,
+        plan=plan,
+        allocation=allocation,
     )
     with _told(run):
         _say_what_runs(run, data)
@@ -190,6 +212,7 @@ def _finish(
     if run.log is None:
         return
     config, base, state = run.config, run.loss.base, run.state
+    layers = run.optimizer.layers
     metrics: dict[str, Any] = {
         "train_loss": state.smoothed_loss,
         "num_steps": state.step,
@@ -205,8 +228,18 @@ def _finish(
         data_sha256=data.data_sha256,
         metrics=metrics,
     )
+    if state.rounds:
+        assert run.allocation is not None
+        description = trained_config(description, layers, run.allocation)
+        targets = peft_targets(base, list(description.target_modules))
+        description = replace(description, target_modules=tuple(targets))
+        metrics["scoring_seconds"] = round(state.scoring_seconds, 1)
+        kept_step = state.step if state.best_step is None else state.best_step
+        history = history_of(state.rounds, config.adapter.rank, kept_step=kept_step)
+        origin["allocation"] = history
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        print(grid_in_words(ranks, "ranks:"), file=sys.stderr)
     folder = config.output / ADAPTER_FOLDER
-    layers = run.optimizer.layers
     digest = export(folder, description, base, layers, provenance=origin, samples=run.samples)
     print(f"weights sha256:{digest}", file=sys.stderr)
     # After the export: whoever stops a long evaluation keeps the adapter.
@@ -239,7 +272,7 @@ def _origin(
     loss: ModelLoss,
 ) -> dict[str, str]:
     """Return all that decides the weights, by name, in short."""
-    settings = config.model_dump(mode="json", include={"adapter", "train"})
+    settings = config.model_dump(mode="json", include={"adapter", "allocation", "train"})
     settings["train"].pop("checkpoint_steps")
     return {
         "settings": hashlib.sha256(canonical_json(settings)).hexdigest(),
@@ -264,7 +297,7 @@ def _samples_digest(sets: Iterable[Sequence[Sample]]) -> str:
 def _say_what_runs(run: Run, data: TrainingData) -> None:
     if run.log is None:
         return
-    run.log.samples(len(data.samples))
+    run.log.samples(len(run.samples))
     config, base, layers = run.config, run.loss.base, run.optimizer.layers.values()
     num_parameters = sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers)
     shared = " (common prefix once)" if run.loss.shares_prefix else ""
@@ -276,6 +309,8 @@ def _say_what_runs(run: Run, data: TrainingData) -> None:
         f"{base.model.dtype} on {base.model.device.type}".replace("torch.", ""),
         file=sys.stderr,
     )
+    if run.allocation is not None:
+        print(run.allocation.in_words(), file=sys.stderr)
     for remark in data.remarks():
         print(remark, file=sys.stderr)
     if run.processes.count > 1:

@@ -6,7 +6,7 @@ over, never an error. Draws nothing.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -81,6 +81,7 @@ class RunLog:
         results: per evaluation set, "adapter" and "base" after training, as written.
         failure: why the run stopped, unless it went on afterwards.
         num_samples: samples trained on, if a row says so.
+        rounds: of allocation, in order; of two with one number, the later.
     """
 
     steps: Mapping[int, Row]
@@ -89,6 +90,7 @@ class RunLog:
     results: Mapping[str, Row]
     failure: str | None
     num_samples: int | None
+    rounds: Sequence[Row]
 
     def course(self, key: str) -> Course:
         """Return the finite values that step rows have for `key`."""
@@ -122,6 +124,7 @@ def read_run_log(path: Path) -> RunLog:
     steps: dict[int, Row] = {}
     eval_losses: dict[str, dict[int, Any]] = {}
     best_step, failure, num_samples = None, None, None
+    rounds: dict[int, Row] = {}
     results: dict[str, Row] = {}
     with path.open(encoding="utf-8", errors="replace") as lines:
         for row in map(_row, lines):
@@ -133,6 +136,10 @@ def read_run_log(path: Path) -> RunLog:
                     best_step = step if row.get("best") is True else best_step
                 elif "loss" in row:
                     steps[step], failure = row, None
+                elif isinstance(row.get("allocation"), dict):
+                    number = row["allocation"].get("round")
+                    if _is_count(number):
+                        rounds[number] = row["allocation"]
             if isinstance(row.get("evaluation"), dict):
                 results |= {k: v for k, v in row["evaluation"].items() if isinstance(v, dict)}
             if "failed" in row:
@@ -147,6 +154,7 @@ def read_run_log(path: Path) -> RunLog:
         results=results,
         failure=failure,
         num_samples=num_samples,
+        rounds=[row for _, row in sorted(rounds.items())],
     )
 
 

@@ -1,5 +1,6 @@
 """What we train is what PEFT loads: the same logits, from the folder on disk, by its own code."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -8,16 +9,25 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from adapters import AdapterConfig, open_artifact
+from adapters import AdapterConfig, open_artifact, write_artifact
 from tests.conftest import LINEAR
 from tests.reference import ATOL
 from tests.workloads import chat, make_random_adapter, write_lines
-from trainer.config import AdapterSettings, DataSettings, LoopSettings, TrainConfig
+from trainer.allocation import Allocation, Move, trained_config
+from trainer.config import (
+    AdapterSettings,
+    AllocationSettings,
+    DataSettings,
+    LoopSettings,
+    TrainConfig,
+)
 from trainer.data import tokenize
 from trainer.evaluate import evaluate
-from trainer.inject import inject_artifact
+from trainer.export import peft_targets
+from trainer.inject import inject, inject_artifact, target_modules
 from trainer.lines import read_examples
 from trainer.model import load_base
+from trainer.optim import RankAdamW
 from trainer.run import train
 from trainer.trial import find_model_loss
 
@@ -105,3 +115,62 @@ def test_held_out_loss_equals_that_of_peft(adapter: Path, tiny_model: Path, tmp_
                 total -= float(log_probs[t - 1, sample.token_ids[t]])
                 count += 1
     assert ours == pytest.approx(total / count, abs=ATOL["logits-float32"])
+
+
+@pytest.mark.parametrize("scale_rank", ["current", "initial"])
+@pytest.mark.parametrize("method", ["lora", "rora"])
+def test_pruned_and_grown_ranks_give_the_gated_models_logits_in_peft(
+    tmp_path: Path,
+    tiny_model: Path,
+    method: Literal["lora", "rora"],
+    scale_rank: Literal["current", "initial"],
+) -> None:
+    """Ranks 0 to 12, written with patterns, against the whole adapter with gates at zero."""
+    base = load_base("tiny", tiny_model, dtype="float32")
+    modules = target_modules(base.model, ("all-linear",))
+    config = AdapterConfig(4, 8.0, use_rslora=method == "rora", target_modules=tuple(modules))
+    generator = torch.Generator().manual_seed(0)
+    layers = inject(base.model, modules, config, dropout=0.0, generator=generator)
+    for layer in layers.values():
+        layer.lora_b.data.normal_(std=0.05, generator=generator)
+    first, second, *_, last = layers
+    tokens = tuple(range(20, 60))
+    whole = logits(base.model, tokens)
+    layers[first].gates = torch.zeros(4)
+    layers[second].gates = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    gated = logits(base.model, tokens)
+    layers[first].gates = layers[second].gates = None
+
+    settings = TrainConfig(
+        output=tmp_path / "unused",
+        data=DataSettings(train="unused"),
+        adapter=AdapterSettings(method=method, rank=4, alpha=8.0),
+        allocation=AllocationSettings(enabled=True, scale_rank=scale_rank, ranks_per_round=9),
+        train=LoopSettings(epochs=3),
+    )
+    allocation = Allocation(settings, len(layers), rounds_after=(1,), score_samples=())
+    optimizer = RankAdamW(layers, weight_decay=0.0)
+    allocation.apply(Move({first: (0, 1, 2, 3), second: (1,)}, {last: 5}), optimizer, 1)
+    moved = logits(base.model, tokens)
+    assert float((moved - gated).abs().max()) <= ATOL["logits-float32"]
+    # Growing alone changes no logit.
+    optimizer.resize(last, range(9), 3, scaling=allocation.scaling(12), generator=generator)
+    assert float((logits(base.model, tokens) - moved).abs().max()) <= ATOL["float32"]
+
+    written = trained_config(config, layers, allocation)
+    targets = peft_targets(base, list(written.target_modules))
+    factors = {
+        name: (layer.lora_a.detach().numpy(), layer.lora_b.detach().numpy())
+        for name, layer in layers.items()
+        if layer.rank
+    }
+    folder = tmp_path / "adapter"
+    written = replace(written, target_modules=tuple(targets))
+    write_artifact(folder, written, factors, provenance={"format": 1})
+    ranks = {name: module.rank for name, module in open_artifact(folder).modules.items()}
+    assert (first in ranks, ranks[second], ranks[last]) == (False, 3, 12)
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    theirs = logits(PeftModel.from_pretrained(fresh, str(folder)).eval(), tokens)
+    assert float((theirs - gated).abs().max()) <= ATOL["logits-float32"]
+    # The control: gates change what is computed by far more.
+    assert float((whole - gated).abs().max()) > 0.1

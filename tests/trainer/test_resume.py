@@ -25,7 +25,7 @@ NUM_KILLS = 5
 
 
 def write_config(folder: Path, model: Path, **train: Any) -> Path:
-    """A run with all that a resume could forget: dropout, noise, moments, a best evaluation."""
+    """A run with all that a resume could forget: dropout, noise, moments, a best one, ranks."""
     data = write_lines(
         folder / "data.jsonl", [chat(f"Say {n}.", f"{n} it is" * (1 + n % 3)) for n in range(40)]
     )
@@ -40,6 +40,12 @@ def write_config(folder: Path, model: Path, **train: Any) -> Path:
         "data.eval_limit = 4",
         "adapter.rank = 4",
         "adapter.dropout = 0.1",
+        f"allocation.enabled = {json.dumps(settings['epochs'] > 1)}",
+        "allocation.warmup_epochs = 2",
+        "allocation.rounds = 10",
+        "allocation.epochs_per_round = 1",
+        "allocation.ranks_per_round = 4",
+        "allocation.score_samples = 8",
         *(f"train.{key} = {json.dumps(value)}" for key, value in settings.items()),
     ]
     path = folder / "train.toml"
@@ -70,6 +76,13 @@ def steps_of(run_folder: Path, *, not_of_file: int = 0) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines() if is_new else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [row for row in rows if "loss" in row]
+
+
+def moves_of(run_folder: Path) -> list[dict[str, Any]]:
+    """The rounds in a run's log, but for the time that they took."""
+    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    rounds = [row["allocation"] for row in rows if "allocation" in row]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rounds]
 
 
 @pytest.mark.timeout(600)
@@ -105,13 +118,19 @@ def test_killed_at_random_steps_and_resumed_a_run_ends_with_the_same_digest(
         return [(row["step"], row["loss"], row["gradient_norm"]) for row in steps_of(run)]
 
     assert of_interest(killed) == of_interest(whole)
+    assert moves_of(killed) == moves_of(whole)
+    assert len(moves_of(whole)) == 10
+    assert len(set(moves_of(whole)[-1]["ranks"].values())) > 2
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_train_what_one_trains(tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("score", ["gradient", "exact"])
+def test_two_processes_train_what_one_trains(tmp_path: Path, tiny_model: Path, score: str) -> None:
     # Without dropout and noise, which each process draws for its own samples.
     config = write_config(tmp_path, tiny_model, neftune_alpha=0.0, epochs=5)
-    config.write_text(config.read_text().replace("adapter.dropout = 0.1\n", ""))
+    text = config.read_text().replace("adapter.dropout = 0.1\n", "")
+    rounds = f'allocation.rounds = 3\nallocation.score = "{score}"'
+    config.write_text(text.replace("allocation.rounds = 10", rounds))
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start("run", str(config), "--output", str(one)))
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
@@ -121,6 +140,10 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, tiny_model: Path) -
         assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
         assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-3)
     assert len(steps_of(two)) > 10
+    for mine, theirs in zip(moves_of(one), moves_of(two), strict=True):
+        for key in ("ranks", "grown", "step"):
+            assert mine[key] == theirs[key]
+    assert len(moves_of(two)) == 3
     weights = [open_artifact(run / "adapter").read_tensors() for run in (one, two)]
     for (module, *ours), (_, *theirs) in zip(*weights, strict=True):
         for one_factor, other in zip(ours, theirs, strict=True):
