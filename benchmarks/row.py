@@ -47,7 +47,8 @@ def kept(path: Path, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
     key = {**key, "commit": commit()}
     lines = path.read_text().splitlines() if path.exists() else []
     for row in map(json.loads, lines):
-        if row["key"] == key:
+        # What was not committed can be anything.
+        if row["key"] == key and not key["commit"].endswith("+"):
             return row["seen"]
     print(*key.values(), file=sys.stderr, flush=True)
     seen = measure()
@@ -58,14 +59,14 @@ def kept(path: Path, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
 
 
 def commit() -> str:
-    """Return the commit that is measured, with a + if the tree differs from it."""
-    described = subprocess.run(
-        ["/usr/bin/env", "git", "describe", "--always", "--dirty=+"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return described.stdout.strip()
+    """Return the commit that is measured, with a + if the tree, results aside, differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["/usr/bin/env", "git", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS}")
+    return git("describe", "--always") + ("+" if changed else "")
 
 
 def _processor() -> str:

@@ -151,6 +151,11 @@ def test_a_wrong_setting_is_one_line(
             "adapter.rnk: unknown key; nearest known key: adapter.ra",
         ),
         ("output = 'x'", "data: missing, a value is expected"),
+        (
+            "output = 'x'\ndata.train = 'd'\nallocation.enabled = true",
+            "c.toml: train.epochs is 1, at least allocation.warmup_epochs + rounds * "
+            "epochs_per_round = 3 is expected",
+        ),
         ("output = ", "not TOML"),
     ],
 )

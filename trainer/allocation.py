@@ -1,7 +1,8 @@
 """ALoRA: ranks move between modules while the adapter trains, under a fixed budget.
 
-Owns who loses and who gets ranks, given their scores, when that happens, and the record of it. The
-scores are importance.py's. "ALoRA" is Allocating LoRA here, not PEFT's Activated LoRA.
+Owns who loses and who gets ranks, given their scores, and when that happens. The scores are
+importance.py's, the record of it is allocation_record.py's. "ALoRA" is Allocating LoRA here, not
+PEFT's Activated LoRA.
 """
 
 import bisect
@@ -10,7 +11,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from trainer.optim import RankAdamW
 
 # A pass forward and backward for each of the two ends between which gates are differentiated.
 _PASSES_OF_GRADIENT_SCORE = 2
-_DIGITS = 4  # of scores that are kept
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def choose_move(
     num_moved: int,
     max_ranks: Mapping[str, int],
     min_rank: int = 0,
-    protected: Mapping[str, Tensor] | None = None,
+    spared: Mapping[str, Tensor] | None = None,
 ) -> Move:
     """Prune the least important ranks of all modules; let modules that lost none have as many more.
 
@@ -68,7 +67,7 @@ def choose_move(
         num_moved: ranks to prune, fewer if no more may go.
         max_ranks: that a module can use, by module.
         min_rank: that no module is pruned below.
-        protected: [rank], bool, by module: ranks that stay; none: every rank may go.
+        spared: [rank], bool, by module: ranks that stay; none: every rank may go.
     Raises: TrainingError: a score is not a number.
     Source: arXiv 2403.16187, algorithm 1 with footnotes 3 and 4.
     Checked against: the paper's example and a loop, in tests/trainer/test_allocation.py.
@@ -81,7 +80,7 @@ def choose_move(
                     f"{name}: the score of rank {index} is not a number, one is expected; try a "
                     "lower train.learning_rate"
                 )
-            if protected is None or not protected[name][index]:
+            if spared is None or not spared[name][index]:
                 candidates.append((score, place, index, name))
     pruned: dict[str, list[int]] = {}
     num_pruned = 0
@@ -150,9 +149,9 @@ class Allocation:
         settings = self.config.allocation
         apart = f"{len(self.score_samples)} samples set apart"
         if not self.rounds_after:
-            return f"allocation: none moves, a control; {apart}"
+            return f"no rank moves, a control; {apart}"
         return (
-            f"allocation: {self.num_moved} of {self.budget} ranks move in each of "
+            f"{self.num_moved} of {self.budget} ranks move in each of "
             f"{settings.rounds} rounds, after steps {self.rounds_after[0]} to "
             f"{self.rounds_after[-1]}; {settings.score} scores on {apart}"
         )
@@ -161,29 +160,34 @@ class Allocation:
         """Tell whether a round follows this step, after `num_done` rounds."""
         return num_done < len(self.rounds_after) and step == self.rounds_after[num_done]
 
-    def measure(self, measure: Measure, number: int) -> Scores:
+    def measure(self, measure: Measure, spared: Mapping[str, Tensor], number: int) -> Scores:
         """Return every rank's score in round `number`, from 1."""
-        kind = self.config.allocation.score
-        if kind == "random":
+        settings = self.config.allocation
+        if settings.score == "random":
             return random_scores(measure, seed=self.config.train.seed * 1_009 + number)
-        if kind == "exact":
+        if settings.score == "exact":
             return exact_scores(measure)
-        if kind == "screened":
-            return screened_scores(measure, self.num_moved)
+        if settings.score == "screened":
+            may_go = {
+                name: ~of_module & (len(of_module) > settings.min_rank)
+                for name, of_module in spared.items()
+            }
+            return screened_scores(measure, self.num_moved, may_go)
         return gradient_scores(measure)
 
-    def choose(self, scores: Scores, optimizer: RankAdamW, number: int) -> Move:
-        """Return the move of round `number`, from 1."""
-        settings = self.config.allocation
-        protected = None
-        if settings.grace_rounds and number > 1:
+    def spared(self, optimizer: RankAdamW, number: int) -> dict[str, Tensor]:
+        """Return which ranks, [rank], bool, by module, are too new to be pruned in a round."""
+        youngest = -1
+        if self.config.allocation.grace_rounds and number > 1:
             # Ranks that began in the last rounds have taken at most this many steps.
-            first_spared = max(1, number - settings.grace_rounds)
+            first_spared = max(1, number - self.config.allocation.grace_rounds)
             youngest = self.rounds_after[number - 1] - self.rounds_after[first_spared - 1]
-            protected = {
-                name: (state["num_steps"] <= youngest).cpu()
-                for name, state in optimizer.state.items()
-            }
+        return {
+            name: (state["num_steps"] <= youngest).cpu() for name, state in optimizer.state.items()
+        }
+
+    def choose(self, scores: Scores, spared: Mapping[str, Tensor], optimizer: RankAdamW) -> Move:
+        """Return a round's move."""
         return choose_move(
             scores.by_module,
             num_moved=self.num_moved,
@@ -191,8 +195,8 @@ class Allocation:
                 name: min(layer.in_features, layer.out_features)
                 for name, layer in optimizer.layers.items()
             },
-            min_rank=settings.min_rank,
-            protected=protected,
+            min_rank=self.config.allocation.min_rank,
+            spared=spared,
         )
 
     def apply(self, move: Move, optimizer: RankAdamW, number: int) -> None:
@@ -219,7 +223,10 @@ class Allocation:
     def _check_budget(
         self, move: Move, before: Mapping[str, int], layers: Mapping[str, LoraLinear]
     ) -> None:
-        """Assert what Algorithm 1 promises of every round."""
+        """Assert what Algorithm 1 promises of every round.
+
+        Raises: TrainingError: no rank is left.
+        """
         num_pruned, num_grown = sum(map(len, move.pruned.values())), sum(move.grown.values())
         after = {name: layer.rank for name, layer in layers.items()}
         assert not move.pruned.keys() & move.grown.keys(), "a module was pruned and grown"
@@ -227,6 +234,11 @@ class Allocation:
         assert sum(after.values()) == sum(before.values()) - num_pruned + num_grown
         assert sum(after.values()) <= self.budget, "there are more ranks than the budget has"
         assert len(move.pruned) < len(before) or not num_grown, "ranks came though all lost some"
+        if not any(after.values()):
+            raise TrainingError(
+                "allocation: no module has a rank left, one at least is expected; raise "
+                "allocation.min_rank or lower allocation.ranks_per_round"
+            )
 
     def scaling(self, rank: int) -> float:
         """Return a module's scaling at a rank; 0 at rank 0."""
@@ -237,17 +249,12 @@ class Allocation:
             return 0.0
         return scaling_factor(adapter.alpha, rank, use_rslora=adapter.method == "rora")
 
-    def alpha(self, rank: int) -> float:
-        """Return the alpha with which a file of this rank has the scaling that was trained."""
-        use_rslora = self.config.adapter.method == "rora"
-        return self.scaling(rank) / scaling_factor(1.0, rank, use_rslora=use_rslora)
-
 
 def plan_rounds(config: TrainConfig, epochs: Sequence[float]) -> tuple[int, ...]:
     """Return the steps after which the rounds of a run are due; none without allocation.
 
     Args: epochs: passes over the data after each step of the run, increasing.
-    Raises: ConfigError: a round would not be trained before the next one.
+    Raises: ConfigError: no step would lie between two rounds, or behind the last.
     """
     settings = config.allocation
     if not settings.enabled or settings.score == "none":
@@ -279,12 +286,12 @@ def set_apart(
     """Return the samples to train on, and those that importance is measured on.
 
     The latter are drawn by the seed; whatever else has their tokens is not trained on either.
-    Raises: DataError: half of the samples or more would be set apart.
+    Raises: DataError: more than half of the samples would be set apart.
     """
     settings = config.allocation
     if not settings.enabled:
         return tuple(samples), ()
-    distinct = list(dict.fromkeys(samples))
+    distinct = list({sample.token_ids: sample for sample in samples}.values())
     if 2 * settings.score_samples > len(distinct):
         raise DataError(
             f"{config.data.train}: {len(distinct)} different samples, at least "
@@ -295,6 +302,19 @@ def set_apart(
     chosen = chooser.sample(distinct, settings.score_samples)
     apart = {sample.token_ids for sample in chosen}
     return tuple(sample for sample in samples if sample.token_ids not in apart), tuple(chosen)
+
+
+def check_num_moved(config: TrainConfig, num_modules: int) -> None:
+    """Refuse to move as many ranks as there are.
+
+    Raises: ConfigError: allocation.ranks_per_round is not below all ranks.
+    """
+    budget = num_modules * config.adapter.rank
+    if config.allocation.enabled and config.allocation.ranks_per_round >= budget:
+        raise ConfigError(
+            f"allocation.ranks_per_round: {config.allocation.ranks_per_round} is not below "
+            f"{budget}, the ranks of all {num_modules} modules; lower it"
+        )
 
 
 def extra_tokens(config: TrainConfig, score_samples: Sequence[Sample]) -> int:
@@ -308,98 +328,19 @@ def extra_tokens(config: TrainConfig, score_samples: Sequence[Sample]) -> int:
     return settings.rounds * _PASSES_OF_GRADIENT_SCORE * sum(map(len, score_samples))
 
 
-def trained_config(
-    config: AdapterConfig, layers: Mapping[str, LoraLinear], allocation: Allocation
-) -> AdapterConfig:
+def trained_config(config: AdapterConfig, layers: Mapping[str, LoraLinear]) -> AdapterConfig:
     """Return `config` with patterns that give every module the rank and scaling it was trained at.
 
     Modules of rank 0 are left out; `target_modules` is whoever writes the folder's to set.
-    Raises: TrainingError: no module has a rank.
     """
     ranks = {name: layer.rank for name, layer in layers.items() if layer.rank}
-    if not ranks:
-        raise TrainingError(
-            "no module has a rank left, one at least is expected; raise allocation.min_rank or "
-            "lower allocation.ranks_per_round"
-        )
-    alphas = {name: allocation.alpha(rank) for name, rank in ranks.items()}
+    alphas = {
+        name: layers[name].scaling / scaling_factor(1.0, rank, use_rslora=config.use_rslora)
+        for name, rank in ranks.items()
+    }
     # What rounding makes of one number in two ways is one number.
     return exact_config(
         replace(config, target_modules=tuple(ranks)),
         ranks,
         {name: float(f"{alpha:.12g}") for name, alpha in alphas.items()},
     )
-
-
-def record(
-    scores: Scores, move: Move, optimizer: RankAdamW, *, number: int, step: int, seconds: float
-) -> dict[str, Any]:
-    """Return what is kept of a round, as JSON has it; ranks are those after it."""
-    layers = optimizer.layers
-    return {
-        "round": number,
-        "step": step,
-        "score": scores.kind,
-        "seconds": round(seconds, 3),
-        "loss": scores.loss,
-        "base_loss": scores.base_loss,
-        "ranks": {name: layer.rank for name, layer in layers.items()},
-        "num_parameters": sum(
-            layer.lora_a.numel() + layer.lora_b.numel() for layer in layers.values()
-        ),
-        "mean_scores": {
-            name: _rounded(_average(of_module))
-            for name, of_module in scores.by_module.items()
-            if len(of_module)
-        },
-        "pruned": {
-            name: [[index, _rounded(float(scores.by_module[name][index]))] for index in indices]
-            for name, indices in move.pruned.items()
-        },
-        "grown": dict(move.grown),
-    }
-
-
-def in_words(row: Mapping[str, Any]) -> str:
-    """Return what a round did, in one line."""
-    num_pruned, num_grown = sum(map(len, row["pruned"].values())), sum(row["grown"].values())
-    return (
-        f"step {row['step']}: round {row['round']}, {num_pruned} ranks pruned in "
-        f"{len(row['pruned'])} modules, {num_grown} grown in {len(row['grown'])}, "
-        f"{row['seconds']:.1f} s"
-    )
-
-
-def all_scores(scores: Scores) -> dict[str, list[float]]:
-    """Return every rank's score by module, as JSON has it."""
-    return {
-        name: [_rounded(score) for score in of_module.tolist()]
-        for name, of_module in scores.by_module.items()
-    }
-
-
-def history_of(
-    rounds: Sequence[Mapping[str, Any]], initial_rank: int, *, kept_step: int
-) -> dict[str, Any]:
-    """Return a run's rounds as rora.json has them: what is by module as lists in one order.
-
-    Args: kept_step: whose weights the adapter holds; later rounds are not in it.
-    """
-    modules = list(rounds[0]["ranks"])
-    return {
-        "modules": modules,
-        "initial_rank": initial_rank,
-        "rounds_in_adapter": sum(row["step"] <= kept_step for row in rounds),
-        "rounds": [
-            {
-                **row,
-                "ranks": [row["ranks"][name] for name in modules],
-                "mean_scores": [row["mean_scores"].get(name) for name in modules],
-            }
-            for row in rounds
-        ],
-    }
-
-
-def _rounded(score: float) -> float:
-    return float(f"{score:.{_DIGITS}g}")

@@ -249,9 +249,9 @@ class TrainConfig(_Section):
                 f"rounds * epochs_per_round = {settings.epochs:g} is expected; raise it, or lower "
                 "those"
             )
-        if settings.min_rank > self.adapter.rank:
+        if settings.min_rank >= self.adapter.rank:
             raise ValueError(
-                f"allocation.min_rank is {settings.min_rank}, at most adapter.rank = "
-                f"{self.adapter.rank} is expected"
+                f"allocation.min_rank is {settings.min_rank}, below adapter.rank = "
+                f"{self.adapter.rank} is expected, or no rank can move"
             )
         return self

@@ -1,4 +1,4 @@
-"""log.jsonl of a run: one JSON object for each step, evaluation and failure."""
+"""log.jsonl of a run: a JSON object for each step, evaluation, round of allocation, failure."""
 
 import json
 from pathlib import Path

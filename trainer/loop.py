@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapters.errors import TrainingError
-from trainer.allocation import Allocation, all_scores, in_words, record
+from trainer.allocation import Allocation, extra_tokens, plan_rounds
+from trainer.allocation_record import all_scores, in_words, record
 from trainer.batching import plan_epoch, split_step
 from trainer.checkpoint import TrainingState, digest_of, save_checkpoint
 from trainer.config import TrainConfig
@@ -31,6 +32,7 @@ from trainer.optim import RankAdamW, learning_rate_factor
 
 # Nothing is kept for a backward pass, so more fits than in a step.
 EVAL_BATCH_TOKENS = 2048
+_SLOW_SCORES = {"exact", "screened"}
 
 
 # Of each step: passes over the data after it, and indices of its samples.
@@ -96,6 +98,7 @@ def run_steps(run: Run) -> None:
         disable=not run.processes.is_first,
     )
     with progress, _stopped_by_signals() as signals:
+        _move_ranks_if_due(run)
         while run.state.step < len(plan) and not _is_over(run):
             stops = _next_step(run, plan, progress, stop=bool(signals))
             _after_step(run, num_steps=len(plan), stops=stops)
@@ -145,19 +148,31 @@ def _after_step(run: Run, *, num_steps: int, stops: bool) -> None:
     """Move ranks, evaluate and write a checkpoint where they are due."""
     settings, state = run.config.train, run.state
     is_last = state.step == num_steps
-    if run.allocation is not None and run.allocation.is_due(state.step, len(state.rounds)):
-        move_ranks(run, run.allocation)
+    _move_ranks_if_due(run)
     evaluates = settings.eval_steps is not None and bool(run.eval_samples)
     if evaluates and (is_last or state.step % (settings.eval_steps or 1) == 0):
         evaluate_step(run)
     if is_last or stops or _is_over(run) or state.step % settings.checkpoint_steps == 0:
-        if run.processes.count > 1:  # alone there is nothing to hash them for
-            run.processes.agree({"the weights": digest_of(run.weights)})
-        if run.processes.is_first:
-            save_checkpoint(run.folder, state, run.optimizer)
-        run.processes.wait()
+        _write_checkpoint(run)
     if stops:
         raise KeyboardInterrupt
+
+
+def _write_checkpoint(run: Run) -> None:
+    if run.processes.count > 1:  # alone there is nothing to hash them for
+        run.processes.agree({"the weights": digest_of(run.weights)})
+    if run.processes.is_first:
+        save_checkpoint(run.folder, run.state, run.optimizer)
+    run.processes.wait()
+
+
+def _move_ranks_if_due(run: Run) -> None:
+    allocation, state = run.allocation, run.state
+    if allocation is None or not allocation.is_due(state.step, len(state.rounds)):
+        return
+    if run.config.allocation.score in _SLOW_SCORES:
+        _write_checkpoint(run)  # so that a run that is stopped meanwhile goes on from here
+    move_ranks(run, allocation)
 
 
 def take_step(
@@ -241,12 +256,17 @@ def move_ranks(run: Run, allocation: Allocation) -> None:
         loss=run.loss,
         layers=optimizer.layers,
         samples=allocation.score_samples,
-        max_tokens=run.batch_tokens(EVAL_BATCH_TOKENS),
+        # What is kept for a backward pass takes no more memory than in a step.
+        max_tokens=run.batch_tokens(
+            min(EVAL_BATCH_TOKENS, max(1, run.config.train.batch_tokens // run.processes.count))
+        ),
+        max_forward_tokens=run.batch_tokens(EVAL_BATCH_TOKENS),
         processes=run.processes,
     )
     number = len(state.rounds) + 1
-    scores = allocation.measure(measure, number)
-    move = allocation.choose(scores, optimizer, number)
+    spared = allocation.spared(optimizer, number)
+    scores = allocation.measure(measure, spared, number)
+    move = allocation.choose(scores, spared, optimizer)
     allocation.apply(move, optimizer, number)
     if run.processes.count > 1:
         run.processes.agree({"the ranks": repr(move), "the weights": digest_of(run.weights)})
@@ -280,6 +300,27 @@ def plan_run(
         for position, indices in enumerate(steps[: math.ceil(share * len(steps))], start=1):
             plan.append((round(epoch + position / len(steps), 4), indices))
     return plan
+
+
+def plan_with_rounds(
+    config: TrainConfig,
+    samples: Sequence[Sample],
+    score_samples: Sequence[Sample],
+    *,
+    num_modules: int,
+    packed: bool,
+) -> tuple[Plan, Allocation | None]:
+    """Return each step of a run, and how its ranks move, if they do.
+
+    Raises: ConfigError: the rounds of allocation do not fit into the steps.
+    """
+    lengths = [len(sample) for sample in samples]
+    more = extra_tokens(config, score_samples)
+    plan = plan_run(config, lengths, packed=packed, extra_tokens=more)
+    if not config.allocation.enabled:
+        return plan, None
+    rounds_after = plan_rounds(config, [epochs for epochs, _ in plan])
+    return plan, Allocation(config, num_modules, rounds_after, score_samples)
 
 
 def _is_over(run: Run) -> bool:

@@ -61,7 +61,7 @@ class ModelLoss:
             inputs["inputs_embeds"] = _noisy_embeddings(model, batch, self.neftune_alpha)
         # What is computed again in the backward pass is so without this.
         real_rows = None if model.is_gradient_checkpointing else batch.real_rows
-        with only_rows(real_rows):
+        with only_rows(real_rows, batch.token_ids.numel()):
             return self._losses(model, inputs, batch)
 
     def _losses(self, model: PreTrainedModel, inputs: dict[str, Any], batch: Batch) -> Tensor:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "report.html"
 PICTURES_FOLDER = "report"
+_MAX_ROUNDS = 16  # of allocation whose ranks are drawn; of more, every second, third ...
 _MAX_MOVES = 12  # modules that are named beside a round's picture
 _MAX_ROWS = 1000  # of the table of modules; a mixture of experts has tens of thousands
 _NONE = "-"
@@ -164,9 +165,10 @@ def _course_sections(log: RunLog) -> list[Section]:
 
 
 def _round_sections(log: RunLog) -> list[Section]:
-    """Return what allocation did: the last ranks and their scores, and, folded, every round."""
+    """Return what allocation did: the last ranks and their scores, and, folded, earlier ranks."""
     sections = []
-    for row in log.rounds:
+    every = max(1, math.ceil(len(log.rounds) / _MAX_ROUNDS))
+    for row in log.rounds[::-1][::every][::-1]:
         number, is_last = row["round"], row is log.rounds[-1]
         section = module_section(
             f"ranks_{number}",
@@ -176,7 +178,7 @@ def _round_sections(log: RunLog) -> list[Section]:
             note=_moves(row),
         )
         sections.append(replace(section, folded=not is_last))
-        if is_last:
+        if is_last and _numbers(row.get("mean_scores")):
             scores = module_section(
                 "scores",
                 f"Importance in round {number}",
@@ -198,13 +200,8 @@ def _moves(row: Values) -> str:
         more = len(ordered) - _MAX_MOVES
         return f"{shown}, and {more} more modules" if more > 0 else shown or "none"
 
-    pruned = row.get("pruned")
-    lost = {
-        name: float(len(ranks))
-        for name, ranks in (pruned if isinstance(pruned, dict) else {}).items()
-        if isinstance(ranks, list)
-    }
-    return f"Pruned: {listed(lost)}. Grown: {listed(_numbers(row.get('grown')))}."
+    lost, got = _numbers(row.get("pruned")), _numbers(row.get("grown"))
+    return f"Pruned: {listed(lost)}. Grown: {listed(got)}."
 
 
 def _rounds(log: RunLog) -> str:

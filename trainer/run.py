@@ -21,14 +21,8 @@ from adapters.base_model import fingerprint
 from adapters.digest import canonical_json
 from adapters.errors import ConfigError, RoraError
 from adapters.writer import write_provenance
-from trainer.allocation import (
-    Allocation,
-    extra_tokens,
-    history_of,
-    plan_rounds,
-    set_apart,
-    trained_config,
-)
+from trainer.allocation import check_num_moved, set_apart, trained_config
+from trainer.allocation_record import history_of
 from trainer.checkpoint import TrainingState, load_checkpoint, newest_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import Sample
@@ -38,7 +32,7 @@ from trainer.evaluate import compared, evaluate_both
 from trainer.export import adapter_config, export, peft_targets, provenance
 from trainer.inject import check_ranks, inject, target_modules
 from trainer.log import LogWriter, read_log
-from trainer.loop import EVAL_BATCH_TOKENS, Run, plan_run, run_steps
+from trainer.loop import EVAL_BATCH_TOKENS, Run, plan_with_rounds, run_steps
 from trainer.lora_linear import LoraLinear
 from trainer.loss import ModelLoss
 from trainer.model import BaseModel, max_positions
@@ -98,16 +92,9 @@ def _run(config: TrainConfig, base: BaseModel, processes: Processes, *, begins: 
     base_fingerprint = fingerprint(base.folder)
     model_loss, layers, description = _prepare(config, base, data, processes)
     optimizer = RankAdamW(layers, weight_decay=config.train.weight_decay)
-    plan = plan_run(
-        config,
-        [len(sample) for sample in samples],
-        packed=model_loss.packs,
-        extra_tokens=extra_tokens(config, score_samples),
+    plan, allocation = plan_with_rounds(
+        config, samples, score_samples, num_modules=len(layers), packed=model_loss.packs
     )
-    allocation = None
-    if config.allocation.enabled:
-        rounds_after = plan_rounds(config, [epochs for epochs, _ in plan])
-        allocation = Allocation(config, len(layers), rounds_after, score_samples)
     origin = _origin(config, data, base_fingerprint, model_loss)
     state = None if begins else load_checkpoint(config.output, optimizer, origin=origin)
     state = state or TrainingState(origin)
@@ -195,6 +182,7 @@ def _prepare(
     modules = target_modules(base.model, config.adapter.target_modules)
     description = adapter_config(config, base.name, peft_targets(base, list(modules)))
     check_ranks(modules, description)
+    check_num_moved(config, len(modules))
     layers = inject(
         base.model,
         modules,
@@ -229,8 +217,7 @@ def _finish(
         metrics=metrics,
     )
     if state.rounds:
-        assert run.allocation is not None
-        description = trained_config(description, layers, run.allocation)
+        description = trained_config(description, layers)
         targets = peft_targets(base, list(description.target_modules))
         description = replace(description, target_modules=tuple(targets))
         metrics["scoring_seconds"] = round(state.scoring_seconds, 1)
@@ -310,7 +297,7 @@ def _say_what_runs(run: Run, data: TrainingData) -> None:
         file=sys.stderr,
     )
     if run.allocation is not None:
-        print(run.allocation.in_words(), file=sys.stderr)
+        print(f"allocation: {run.allocation.in_words()}", file=sys.stderr)
     for remark in data.remarks():
         print(remark, file=sys.stderr)
     if run.processes.count > 1:

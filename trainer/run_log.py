@@ -138,7 +138,7 @@ def read_run_log(path: Path) -> RunLog:
                     steps[step], failure = row, None
                 elif isinstance(row.get("allocation"), dict):
                     number = row["allocation"].get("round")
-                    if _is_count(number):
+                    if _is_count(number) and number < _MAX_STEP:
                         rounds[number] = row["allocation"]
             if isinstance(row.get("evaluation"), dict):
                 results |= {k: v for k, v in row["evaluation"].items() if isinstance(v, dict)}

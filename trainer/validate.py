@@ -7,12 +7,13 @@ from transformers import PreTrainedTokenizerBase
 
 from adapters.base_model import model_name
 from adapters.errors import ConfigError, RoraError
+from trainer.allocation import Allocation, check_num_moved, set_apart
 from trainer.config import TrainConfig
 from trainer.data import Sample
 from trainer.dataset import LinePair, TrainingData, in_words, load_data
 from trainer.export import adapter_config
 from trainer.inject import check_ranks, target_modules
-from trainer.loop import plan_run
+from trainer.loop import plan_run, plan_with_rounds
 from trainer.model import empty_model, load_tokenizer, max_positions
 from trainer.run_folder import check_output
 
@@ -47,24 +48,32 @@ def validate(config: TrainConfig, model_folder: Path, *, bold: bool = False) -> 
             problems.append(str(error))
     try:
         tokenizer = load_tokenizer(model_folder)
-        positions = max_positions(empty_model(model_folder))
-        data = load_data(config, tokenizer, max_positions=positions)
+        empty = empty_model(model_folder)
+        data = load_data(config, tokenizer, max_positions=max_positions(empty))
+        samples, score_samples = set_apart(config, data.samples)
+        # Whether a model can be given packed samples is found out when a run starts.
+        _, allocation = plan_with_rounds(
+            config,
+            samples,
+            score_samples,
+            num_modules=len(target_modules(empty, config.adapter.target_modules)),
+            packed=config.train.packing,
+        )
     except RoraError as error:
         problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))
-    lengths = [len(sample) for sample in data.samples]
+    lengths = [len(sample) for sample in samples]
     one_epoch = config.train.model_copy(update={"epochs": 1.0})
-    # Whether a model can be given packed samples is found out when a run starts.
     plan = plan_run(
         config.model_copy(update={"train": one_epoch}), lengths, packed=config.train.packing
     )
     batch = next(indices for _, indices in plan if 0 in indices)
     # The first sample is the one of the file's first lines, which its writer knows.
-    shown = [data.samples[index] for index in sorted(batch)]
+    shown = [samples[index] for index in sorted(batch)]
     return "\n".join(
         [
-            *_facts(config, data, num_steps=len(plan)),
+            *_facts(config, data, num_steps=len(plan), allocation=allocation),
             "",
             f"one batch of {len(batch)} samples, what carries loss between "
             f"{_LOSS_BEGINS} and {_LOSS_ENDS}:",
@@ -79,7 +88,9 @@ def show_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, bold: boo
     return "".join(_marked(text, loss, bold) for text, loss in _parts(sample, tokenizer))
 
 
-def _facts(config: TrainConfig, data: TrainingData, *, num_steps: int) -> list[str]:
+def _facts(
+    config: TrainConfig, data: TrainingData, *, num_steps: int, allocation: Allocation | None
+) -> list[str]:
     lengths = sorted(map(len, data.samples))
     num_tokens = sum(lengths)
     num_loss = sum(len(sample.loss_places) for sample in data.samples)
@@ -111,6 +122,7 @@ def _facts(config: TrainConfig, data: TrainingData, *, num_steps: int) -> list[s
         )
     if not data.eval_sets:
         facts.append(("held out", "none"))
+    facts.append(("allocation", "none" if allocation is None else allocation.in_words()))
     width = max(len(name) for name, _ in facts)
     return [f"{name:{width}}  {fact}" for name, fact in facts]
 
@@ -174,3 +186,4 @@ def _check_adapter(config: TrainConfig, model_folder: Path) -> None:
     """Check targets and ranks on a model without weights."""
     modules = target_modules(empty_model(model_folder), config.adapter.target_modules)
     check_ranks(modules, adapter_config(config, model_name(config.model), sorted(modules)))
+    check_num_moved(config, len(modules))

@@ -16,7 +16,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from adapters import AdapterConfig, AdapterStore, open_artifact
+from adapters import AdapterConfig, AdapterStore, open_artifact, validate
+from adapters.digest import read_provenance
 from adapters.limits import MAX_DELTA_BOUND
 from adapters.names import DEFAULT_MODEL_NAME as BASE
 from tests.conftest import LINEAR
@@ -31,7 +32,15 @@ from tests.rora_serve.serving import (
     stock_command,
 )
 from tests.workloads import make_random_adapter
-from trainer.model import load_tokenizer
+from trainer.config import (
+    AdapterSettings,
+    AllocationSettings,
+    DataSettings,
+    LoopSettings,
+    TrainConfig,
+)
+from trainer.model import load_base, load_tokenizer
+from trainer.run import train
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -56,10 +65,32 @@ CONFIGS = {
 }
 
 
+RANK_BEFORE_ALLOCATION = 2
+
+
+def train_allocated(folder: Path, base: Path) -> Path:
+    """Train an adapter whose ranks move so much that some modules lose all of theirs."""
+    lines = Path("examples/banking77/train.jsonl").read_text().splitlines(keepends=True)[:120]
+    folder.mkdir()
+    data = folder / "data.jsonl"
+    data.write_text("".join(lines))
+    config = TrainConfig(
+        output=folder / "run",
+        data=DataSettings(train=data),
+        adapter=AdapterSettings(rank=RANK_BEFORE_ALLOCATION),
+        allocation=AllocationSettings(
+            enabled=True, warmup_epochs=0.2, rounds=7, epochs_per_round=0.1,
+            ranks_per_round=0.25, score_samples=8, grace_rounds=7,
+        ),
+        train=LoopSettings(epochs=1, batch_tokens=256, learning_rate=2e-3),
+    )  # fmt: skip
+    return train(config, load_base(BASE, base, dtype="float32"))
+
+
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
-    return {
+    return {"allocated": train_allocated(root / "training", default_model)} | {
         name: make_random_adapter(
             root / name,
             default_model,
@@ -152,7 +183,14 @@ def differences(
 
 @pytest.mark.parametrize(
     "names",
-    [["lora-8"], ["rora-32"], ["lora-8", "rora-32"], [BASE, "lora-8", "rora-32"], [BASE]],
+    [
+        ["lora-8"],
+        ["rora-32"],
+        ["allocated"],
+        ["lora-8", "rora-32"],
+        [BASE, "lora-8", "rora-32", "allocated"],
+        [BASE],
+    ],
     ids=" + ".join,
 )
 def test_served_log_probs_equal_those_of_peft(
@@ -172,9 +210,24 @@ def test_the_adapters_differ_from_the_base_and_from_each_other(
     server: Server, prompts: list[tuple[int, ...]]
 ) -> None:
     """The control of the test above: an adapter that did not apply would answer as the base."""
-    names = [BASE, *CONFIGS]
+    names = [BASE, "allocated", *CONFIGS]
     found = ask_together(server, [(name, prompts[0]) for name in names], num_tokens=8)
     assert len({continuation.tokens for continuation in found}) == len(names)
+
+
+def test_an_allocated_adapter_has_ranks_from_none_to_three_times_the_first(
+    adapters: dict[str, Path], store: AdapterStore
+) -> None:
+    """What the tests of log-probs have as `allocated`: trained, validated, stored and served."""
+    folder = adapters["allocated"]
+    assert not validate(folder).problems
+    ranks = [module.rank for module in open_artifact(folder).modules.values()]
+    history = read_provenance(folder)["allocation"]
+    assert len(ranks) == sum(rank > 0 for rank in history["rounds"][-1]["ranks"])
+    assert len(ranks) < len(history["modules"])
+    assert max(ranks) >= 3 * RANK_BEFORE_ALLOCATION
+    assert sum(ranks) == RANK_BEFORE_ALLOCATION * len(history["modules"])
+    assert store.record("allocated").versions
 
 
 def test_stock_vllm_corrupts_the_base_beside_an_adapter(
@@ -187,7 +240,8 @@ def test_stock_vllm_corrupts_the_base_beside_an_adapter(
     """The same measurement on vLLM's own layers fails, so it can fail; why ours exist."""
     port = free_port()
     modules = "qkv_proj o_proj gate_up_proj down_proj"
-    command = stock_command(default_model, adapters, port, modules)
+    given = {name: adapters[name] for name in CONFIGS}
+    command = stock_command(default_model, given, port, modules)
     with running(command, port, tmp_path / "log") as stock:
         alone = differences(stock, oracle, [BASE], prompts)
         mixed = differences(stock, oracle, [BASE, *CONFIGS], prompts)

@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from adapters import AdapterConfig, resolve_scalings
 from adapters.errors import ConfigError, DataError, TrainingError
 from trainer.allocation import (
     Allocation,
     Move,
+    check_num_moved,
     choose_move,
     extra_tokens,
     plan_rounds,
     set_apart,
+    trained_config,
 )
 from trainer.config import (
     AdapterSettings,
@@ -103,7 +106,7 @@ def test_limits_are_kept() -> None:
     spared = {"a": torch.tensor([True, False, False])} | {
         name: torch.zeros(len(scores[name]), dtype=torch.bool) for name in "bcd"
     }
-    move = choose_move(scores, num_moved=1, max_ranks=no_limit(scores), protected=spared)
+    move = choose_move(scores, num_moved=1, max_ranks=no_limit(scores), spared=spared)
     assert move.pruned == {"a": (1,)}
 
 
@@ -188,8 +191,11 @@ def test_what_the_other_ranks_compute_stays_when_ranks_move(
         rank = 4 if scale_rank == "initial" else layer.rank
         power = 0.5 if method == "rora" else 1.0
         assert layer.scaling == pytest.approx(adapter.alpha / rank**power)
-        # A file says the same by an alpha of its own.
-        assert allocation.alpha(layer.rank) / layer.rank**power == pytest.approx(layer.scaling)
+    config = AdapterConfig(4, 6.0, use_rslora=method == "rora")
+    written = resolve_scalings(trained_config(config, layers), list(layers))
+    for name, layer in layers.items():
+        assert written[name].rank == layer.rank
+        assert written[name].scaling == pytest.approx(layer.scaling, rel=1e-9)
 
 
 def test_new_rows_of_a_are_drawn_like_the_first_and_by_seed_and_round() -> None:
@@ -240,28 +246,35 @@ def test_moments_follow_their_ranks_and_survivors_step_as_if_nothing_moved() -> 
 
 
 def test_a_compensated_b_takes_the_steps_of_its_own_scale() -> None:
-    """B times c with moments over c and c² is the optimizer of B's loss as a function of c B."""
-    layer = make_layer(1, scaling=4.0)
-    optimizer = RankAdamW({"a": layer}, weight_decay=0.0)
+    """Scaling halved and B doubled after two steps, or from the start with gradients as they are:
+    the same moments, and so the same steps from there on."""
+    changed, from_start = make_layer(1, scaling=4.0), make_layer(1, scaling=2.0)
+    from_start.base = changed.base
+    from_start.lora_b.data.mul_(2)
+    optimizers = [RankAdamW({"a": layer}, weight_decay=0.0) for layer in (changed, from_start)]
     x = torch.randn(9, 6)
 
-    def gradients() -> Tensor:
+    def gradients(layer: LoraLinear) -> None:
         layer.lora_a.grad = layer.lora_b.grad = None
         layer(x).square().sum().backward()
-        assert layer.lora_b.grad is not None
-        return layer.lora_b.grad.clone()
 
-    gradients()
-    optimizer.step(1e-3)
-    before = gradients()
-    mean, square = (optimizer.state["a"][key].clone() for key in ("exp_avg_b", "exp_avg_sq_b"))
-    optimizer.resize("a", [0], 1, scaling=2.0, generator=torch.Generator())
-    factor = 2.0
-    after = gradients()[:, :1]
-    torch.testing.assert_close(after, before / factor)
-    # The moments are those that these gradients would have made.
-    torch.testing.assert_close(optimizer.state["a"]["exp_avg_b"][:, :1], mean / factor)
-    torch.testing.assert_close(optimizer.state["a"]["exp_avg_sq_b"][:, :1], square / factor**2)
+    for _ in range(2):
+        gradients(changed)
+        optimizers[0].step(1e-3)
+        # The other layer stands where this one does, so that its gradients are of the same point.
+        gradients(from_start)
+        optimizers[1].step(0.0)
+        from_start.lora_a.data.copy_(changed.lora_a)
+        from_start.lora_b.data.copy_(2 * changed.lora_b)
+    optimizers[0].resize("a", [0], 0, scaling=2.0, generator=torch.Generator())
+    torch.testing.assert_close(changed.lora_b, from_start.lora_b)
+    for key, moment in optimizers[0].state["a"].items():
+        torch.testing.assert_close(moment, optimizers[1].state["a"][key])
+    for layer, optimizer in zip((changed, from_start), optimizers, strict=True):
+        gradients(layer)
+        optimizer.step(1e-3)
+    torch.testing.assert_close(changed.lora_a, from_start.lora_a)
+    torch.testing.assert_close(changed.lora_b, from_start.lora_b)
 
 
 def test_a_layer_without_ranks_is_its_base_and_can_come_back() -> None:
@@ -298,8 +311,20 @@ def test_new_ranks_are_spared_for_the_rounds_of_grace() -> None:
         class AsMeasured:
             by_module = scores_of(a=[1.0, 1.0, 1.0], b=[0.5, 1.0, 1.0, 1.0, 0.0])
 
-        spared[grace] = allocation.choose(AsMeasured, optimizer, 2).pruned  # type: ignore[arg-type]
+        by_age = allocation.spared(optimizer, 2)
+        move = allocation.choose(AsMeasured, by_age, optimizer)  # type: ignore[arg-type]
+        spared[grace] = move.pruned
     assert spared == {0: {"b": (4,)}, 1: {"b": (0,)}}
+
+
+def test_a_run_does_not_go_on_without_any_rank() -> None:
+    allocation = allocation_of(make_config(ranks_per_round=7), num_modules=1)
+    optimizer = RankAdamW({"a": make_layer(4)}, weight_decay=0.0)
+    with pytest.raises(TrainingError, match="no module has a rank left"):
+        allocation.apply(Move({"a": (0, 1, 2, 3)}, {}), optimizer, 1)
+    with pytest.raises(ConfigError, match="ranks_per_round: 8 is not below 8, the ranks of all 2"):
+        check_num_moved(make_config(ranks_per_round=8), num_modules=2)
+    check_num_moved(make_config(ranks_per_round=7), num_modules=2)
 
 
 def test_both_readings_of_how_many_ranks_move() -> None:
@@ -325,6 +350,15 @@ def test_rounds_without_steps_between_them_are_refused() -> None:
     plan = plan_run(config, [3] * 40, packed=True)
     with pytest.raises(ConfigError, match="rounds 2 and 3 both follow step 3"):
         plan_rounds(config, [epochs for epochs, _ in plan])
+
+
+def test_a_round_behind_the_last_step_is_refused() -> None:
+    config = make_config(warmup_epochs=1.0, rounds=2, epochs_per_round=0.9)
+    plan = plan_run(config, [30] * 6, packed=True)  # 3 steps a pass
+    epochs = [epochs for epochs, _ in plan]
+    assert plan_rounds(config, epochs) == (3, 6)
+    with pytest.raises(ConfigError, match="round 2 would follow the last step, 6"):
+        plan_rounds(config, epochs[:6])
 
 
 def test_what_ranks_are_measured_on_is_not_trained_on() -> None:
@@ -363,7 +397,7 @@ def test_the_control_without_moves_trains_for_the_time_that_scores_take() -> Non
         ({"ranks_per_round": 0}, "whole number from 1"),
         ({"ranks_per_round": 1.5}, "whole number from 1"),
         ({"rounds": 9}, "train.epochs is 3, at least .* = 3.25 is expected"),
-        ({"min_rank": 5}, "allocation.min_rank is 5, at most adapter.rank = 4"),
+        ({"min_rank": 4}, "allocation.min_rank is 4, below adapter.rank = 4 is expected"),
         ({"warmup_epochs": 0}, "greater than 0"),
     ],
 )

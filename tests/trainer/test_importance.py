@@ -1,6 +1,5 @@
 """Scores of ranks against a loop that masks one rank at a time, one sample at a time."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import OPTConfig
 
 from adapters import AdapterConfig
 from tests.trainer.test_loss import LIKE, losses_by_loop
@@ -45,7 +45,7 @@ def make_measure(
     first = next(iter(layers.values()))
     first.resize([], 0, scaling=0.0, generator=generator)
     base.model.train()
-    return Measure(loss, layers, SAMPLES, max_tokens, Processes())
+    return Measure(loss, layers, SAMPLES, max_tokens, max_tokens, Processes())
 
 
 def loss_by_loop(base: BaseModel) -> float:
@@ -125,11 +125,12 @@ def test_gradients_are_those_of_finite_differences(default_model: Path) -> None:
                 layers[name].lora_b.data[:, 0] = gate * kept[name][:, 0]
                 losses.append(loss_by_loop(base))
             slopes.append((losses[1] - losses[0]) / (2 * step))
-        expected = scores.loss - scores.base_loss - sum(slopes)
+        expected = (scores.loss or 0) - (scores.base_loss or 0) - sum(slopes)
         assert float(scores.by_module[name][0]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_what_lies_below_a_layer_is_not_computed_again(default_model: Path) -> None:
+    """Each layer's calls while all ranks of the second are measured, and while one more is."""
     base = random_base(FAMILIES["llama"][0](), default_model)
     measure = make_measure(base)
     counts = [0, 0]
@@ -140,52 +141,45 @@ def test_what_lies_below_a_layer_is_not_computed_again(default_model: Path) -> N
 
         layer.self_attn.register_forward_hook(count)
     in_second = [name for name in measure.layers if ".layers.1." in name]
-    exact_scores(measure, {in_second[0]: [0, 1]})
-    # Twice the whole, twice to see that memory is kept to, and both masks of both kinds at once.
-    assert counts == [2, 6]
+    exact_scores(measure, {in_second[0]: [0]})
+    few = list(counts)
+    counts[:] = [0, 0]
+    exact_scores(measure, {name: [0, 1] for name in in_second})
+    # No call of the first layer more, and of the second none: all masks share two forwards.
+    assert counts == few
 
 
-def test_a_model_that_does_not_keep_to_memory_is_computed_whole(default_model: Path) -> None:
-    """A layer above that reads what a layer below left beside the hidden states."""
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_passes_more_than_hidden_states_is_computed_whole(
+    default_model: Path, fails: bool
+) -> None:
+    """A layer that reads what the one below left beside them, and does without it or not."""
     base = random_base(FAMILIES["llama"][0](), default_model)
     first, second = base.model.model.layers
     left: list[Tensor] = []
-    first.mlp.register_forward_hook(lambda _, __, output: left.append(output))
-    second.mlp.register_forward_hook(lambda _, __, output: output + 0.5 * left.pop().mean(1, True))
 
-    def forget(*_: Any) -> None:
-        if not left:
-            left.append(torch.zeros(1, 1, 32))
+    def leave(_: Any, __: Any, output: Tensor) -> None:
+        left[:] = [output]
 
-    second.register_forward_pre_hook(forget)
+    def read(_: Any, __: Any, output: Tensor) -> Tensor:
+        if fails:
+            return output + left.pop()
+        return output + left.pop() if left else output
+
+    first.mlp.register_forward_hook(leave)
+    second.mlp.register_forward_hook(read)
     measure = make_measure(base)
-    measure = dataclasses.replace(
-        measure, loss=dataclasses.replace(measure.loss, packs=False, shares_prefix=False)
-    )
-    # The hook's mean runs over a sample's own tokens, so samples go one at a time here too.
-    measure = dataclasses.replace(measure, samples=SAMPLES[:1])
-    wanted = {name: [0] for name in list(measure.layers)[-2:]}
-    scores = exact_scores(measure, wanted)
-    base.model.eval()
-    sample = SAMPLES[0]
-    for name in wanted:
-        layer = measure.layers[name]
-        kept = {other: item.lora_b.data.clone() for other, item in measure.layers.items()}
-        layer.lora_b.data[:, 0] = 0
-        without = float(np.mean(losses_by_loop(base, sample)))
-        for other in measure.layers.values():
-            other.lora_b.data.zero_()
-        layer.lora_b.data[:, 0] = kept[name][:, 0]
-        alone = float(np.mean(losses_by_loop(base, sample)))
-        for other_name, other in measure.layers.items():
-            other.lora_b.data.copy_(kept[other_name])
-        assert float(scores.by_module[name][0]) == pytest.approx(without - alone, abs=2e-4)
+    expected = scores_by_loop(base, dict(measure.layers))
+    scores = exact_scores(measure)
+    np.testing.assert_allclose(flat(scores.by_module), flat(expected), atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", [gradient_scores, exact_scores])
 def test_measuring_leaves_no_trace(default_model: Path, kind: Any) -> None:
     base = random_base(FAMILIES["llama"][0](), default_model)
     measure = make_measure(base)
+    # A model that draws, whatever mode it is in.
+    base.model.model.norm.register_forward_hook(lambda *_: torch.rand(1) and None)
     before = {name: layer.factors for name, layer in measure.layers.items()}
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -216,6 +210,19 @@ def test_gradient_checkpointing_changes_no_score(default_model: Path) -> None:
     assert len(calls) == 4, "each pass computes a layer twice: it was checkpointed"
 
 
+def test_layers_with_dropout_of_their_own_measure_without_it(default_model: Path) -> None:
+    """OPT's layers read their own training mode, which is what lets them be checkpointed."""
+    config = OPTConfig(
+        vocab_size=128, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, word_embed_proj_dim=32, dropout=0.5, pad_token_id=0,
+    )  # fmt: skip
+    base = random_base(config, default_model)
+    measure = make_measure(base)
+    plain = flat(gradient_scores(measure).by_module)
+    base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    np.testing.assert_allclose(flat(gradient_scores(measure).by_module), plain, atol=1e-6)
+
+
 def test_a_screened_score_orders_the_ranks_at_the_cut_by_ablation(default_model: Path) -> None:
     base = random_base(FAMILIES["llama"][0](), default_model)
     measure = make_measure(base)
@@ -230,6 +237,20 @@ def test_a_screened_score_orders_the_ranks_at_the_cut_by_ablation(default_model:
     assert list(np.argsort(screened[near])) == list(np.argsort(exact[near]))
     # The control: by gradients alone these ranks stand in another order.
     assert list(np.argsort(by_gradient[near])) != list(np.argsort(exact[near]))
+    # What may not go is not looked at: the ranks around the cut are those above it.
+    names = list(measure.layers)
+    sizes = np.cumsum([0, *(layer.rank for layer in measure.layers.values())])
+    goes = np.ones(len(order), dtype=bool)
+    goes[order[:5]] = False
+    may_go = {
+        name: torch.tensor(goes[start:stop])
+        for name, start, stop in zip(names, sizes, sizes[1:], strict=False)
+    }
+    above = flat(screened_scores(measure, 8, may_go).by_module)
+    near = order[9:17]
+    assert list(np.argsort(above[near])) == list(np.argsort(exact[near]))
+    others = np.delete(np.arange(len(order)), near)
+    np.testing.assert_array_equal(above[others], by_gradient[others])
 
 
 def test_random_scores_follow_the_seed_alone(default_model: Path) -> None:

@@ -157,7 +157,7 @@ def test_pruned_and_grown_ranks_give_the_gated_models_logits_in_peft(
     optimizer.resize(last, range(9), 3, scaling=allocation.scaling(12), generator=generator)
     assert float((logits(base.model, tokens) - moved).abs().max()) <= ATOL["float32"]
 
-    written = trained_config(config, layers, allocation)
+    written = trained_config(config, layers)
     targets = peft_targets(base, list(written.target_modules))
     factors = {
         name: (layer.lora_a.detach().numpy(), layer.lora_b.detach().numpy())

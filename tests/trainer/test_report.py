@@ -134,6 +134,63 @@ def test_a_report_is_one_file_that_needs_nothing_else(tmp_path: Path, adapter: P
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in pngs)
 
 
+def round_row(number: int) -> dict[str, object]:
+    ranks = {f"model.layers.{layer}.{kind}_proj": 4 for layer in range(3) for kind in "qv"}
+    lost, got = "model.layers.0.q_proj", "model.layers.2.v_proj"
+    moved = {lost: 4 - number, got: 4 + number}
+    return {
+        "step": 2 * number,
+        "allocation": {
+            "round": number, "step": 2 * number, "score": "gradient", "seconds": 1.25,
+            "loss": 1.5, "base_loss": 2.5, "ranks": ranks | moved, "num_parameters": 12_345,
+            "mean_scores": dict.fromkeys(ranks, 0.25), "pruned": {lost: 1},
+            "grown": {got: 1},
+        },
+    }  # fmt: skip
+
+
+def test_ranks_are_drawn_after_each_round(tmp_path: Path) -> None:
+    rounds: list[object] = [round_row(number) for number in (1, 2, 3)]
+    run = make_run(tmp_path / "run", [*ROWS, *rounds])
+    page = page_of(run, tmp_path / "none")
+    assert_needs_nothing_else(page)
+    rows = [row for row in page.rows if len(row) == 8]
+    assert [row[:5] for row in rows[1:]] == [
+        [str(number), str(2 * number), "gradient", "24", "12,345"] for number in (1, 2, 3)
+    ]
+    assert rows[1][5:] == ["1.5000", "2.5000", "1.2"]
+    text = " ".join(page.texts)
+    assert "Pruned: model.layers.0.q_proj 1. Grown: model.layers.2.v_proj 1." in text
+    pictures = {path.name for path in (run / "report").iterdir()}
+    assert {"ranks_1.png", "ranks_2.png", "ranks_3.png", "scores.png"} <= pictures
+    # The last one is open, the others are folded behind it.
+    titles = [t for t in page.texts if t.startswith(("Ranks after", "Importance in"))]
+    assert titles == [
+        "Ranks after round 3", "Importance in round 3", "Ranks after round 1", "Ranks after round 2"
+    ]  # fmt: skip
+
+
+def test_a_hundred_rounds_are_not_a_hundred_pictures(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [*ROWS, *(round_row(number) for number in range(1, 101))])
+    page_of(run, tmp_path / "none")
+    pictures = [path for path in (run / "report").iterdir() if path.name.startswith("ranks_")]
+    assert len(pictures) == 15
+    assert run / "report" / "ranks_100.png" in pictures
+
+
+def test_odd_rounds_are_passed_over(tmp_path: Path) -> None:
+    odd: list[object] = [
+        {"step": 1, "allocation": row}
+        for row in (
+            7, {"round": "x"}, {"round": -1}, {"round": 10**400}, {"round": 1},
+            {"round": 2, "ranks": [1], "pruned": 5, "grown": {"a": "b"}, "loss": "<b>"},
+            {"round": 3, "ranks": {"a.0.b": float("nan")}, "pruned": {"a.0.b": 3}},
+        )
+    ]  # fmt: skip
+    page = page_of(make_run(tmp_path / "run", [*ROWS, *odd]), tmp_path / "none")
+    assert [row[0] for row in page.rows if len(row) == 8] == ["Round", "1", "2", "3"]
+
+
 def test_a_page_with_a_script_or_an_address_would_be_noticed() -> None:
     for text in (
         "<script>1</script>",

@@ -15,7 +15,13 @@ from adapters.digest import read_provenance
 from adapters.errors import ConfigError, TrainingError
 from tests.reference import ATOL
 from tests.workloads import chat, write_lines
-from trainer.config import AdapterSettings, DataSettings, LoopSettings, TrainConfig
+from trainer.config import (
+    AdapterSettings,
+    AllocationSettings,
+    DataSettings,
+    LoopSettings,
+    TrainConfig,
+)
 from trainer.inject import adapters_off, inject_artifact
 from trainer.loss import ModelLoss
 from trainer.model import load_base, load_tokenizer
@@ -322,3 +328,68 @@ def test_a_base_is_measured_as_itself_beside_an_adapter_of_nans(
     next(iter(layers.values())).lora_b.data.fill_(math.nan)
     with torch.no_grad(), adapters_off(layers):
         assert base.model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def with_allocation(config: TrainConfig, **settings: Any) -> TrainConfig:
+    allocation = {
+        "enabled": True, "warmup_epochs": 2, "rounds": 3, "epochs_per_round": 1, "score_samples": 4,
+    } | settings  # fmt: skip
+    return config.model_copy(update={"allocation": AllocationSettings(**allocation)})
+
+
+def test_ranks_that_moved_are_in_the_folder_its_history_and_the_output(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = with_allocation(make_config(tmp_path, "run", epochs=6), ranks_per_round=6)
+    folder = run(config, tiny_model)
+    err = capsys.readouterr().err
+    history = read_provenance(folder)["allocation"]
+    last = dict(zip(history["modules"], history["rounds"][-1]["ranks"], strict=True))
+    modules = open_artifact(folder).modules
+    assert {name: module.rank for name, module in modules.items()} == {
+        name: rank for name, rank in last.items() if rank
+    }
+    assert sum(last.values()) <= 4 * len(last)
+    assert len(set(last.values())) > 1
+    assert (history["num_rounds"], history["rounds_in_adapter"]) == (3, 3)
+    assert [row["step"] for row in history["rounds"]] == sorted(
+        {row["step"] for row in history["rounds"]}
+    )
+    for number in (1, 2, 3):
+        assert f"round {number}, 6 ranks pruned" in err
+    layer_0 = next(line for line in err.splitlines() if line.startswith("    0 "))
+    of_layer_0 = [rank for name, rank in last.items() if ".layers.0." in name]
+    assert sorted(map(int, layer_0.split()[1:])) == sorted(of_layer_0)
+    rows = [row["allocation"] for row in log_of(config) if "allocation" in row]
+    scores = rows[0]["scores"]
+    assert {name: len(of_module) for name, of_module in scores.items()} == dict.fromkeys(last, 4)
+    metrics = read_provenance(folder)["training"]["metrics"]
+    assert metrics["scoring_seconds"] == pytest.approx(sum(row["seconds"] for row in rows), abs=0.1)
+
+
+def test_the_best_weights_are_kept_with_the_ranks_that_they_had(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Rounds that prune nearly everything do harm, so the best evaluation lies before them."""
+    config = make_config(tmp_path, "run", epochs=6, eval_steps=1, learning_rate=3e-2)
+    config = with_allocation(config, ranks_per_round=0.9, score="random")
+    folder = run(config, tiny_model)
+    origin = read_provenance(folder)
+    history = origin["allocation"]
+    best_step = origin["training"]["metrics"]["best_step"]
+    first_round = history["rounds"][0]["step"]
+    assert best_step < first_round
+    assert (history["num_rounds"], history["rounds_in_adapter"]) == (3, 0)
+    assert {module.rank for module in open_artifact(folder).modules.values()} == {4}
+
+
+def test_controls_move_ranks_by_lot_or_not_at_all(tmp_path: Path, tiny_model: Path) -> None:
+    counts, ranks = {}, {}
+    for score in ("gradient", "random", "none"):
+        config = make_config(tmp_path, score, epochs=6)
+        folder = run(with_allocation(config, ranks_per_round=6, score=score), tiny_model)
+        counts[score] = sum("loss" in row for row in log_of(config))
+        ranks[score] = {m.name: m.rank for m in open_artifact(folder).modules.values()}
+    assert counts["gradient"] == counts["random"] < counts["none"]
+    assert set(ranks["none"].values()) == {4}
+    assert ranks["gradient"] != ranks["random"] != ranks["none"]
