@@ -38,8 +38,9 @@ from trainer.lora_linear import LoraLinear
 from trainer.loss import ModelLoss
 
 ScoreKind = Literal["gradient", "screened", "exact", "random"]
-# Of all masks that share a forward; nothing is kept for a backward pass.
-_MASKED_TOKENS = 8192
+# Of all masks that share a forward; nothing is kept for a backward pass. A CPU is no faster with
+# more, and its caches hold less of them.
+_MASKED_TOKENS, _MASKED_TOKENS_CPU = 16_384, 2048
 # Largest relative change of a loss when masks share a forward and layers below come from memory.
 # They are the same numbers; products of another size may round otherwise.
 _SAME = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.002}
@@ -119,25 +120,20 @@ def gradient_scores(measure: Measure) -> Scores:
     with _measuring(measure.loss, layers), _checkpointed(measure.loss.base.model):
         for value in (1.0, 0.0):
             gates = {
-                name: torch.full(
-                    (layer.rank,), value, device=layer.lora_a.device, requires_grad=True
-                )
+                name: torch.full((layer.rank,), value, device=layer.lora_a.device)
                 for name, layer in layers.items()
             }
+            for gate in gates.values():
+                gate.requires_grad_()
             total = torch.zeros(1, dtype=torch.float64)
             with _gated(layers, gates):
                 for batch in measure.batches(measure.processes, measure.max_tokens):
                     loss = measure.loss.token_losses(batch).sum() / measure.num_loss
                     loss.backward()
                     total += loss.detach().double().cpu()
-            slope = _flat(
-                {
-                    name: torch.zeros_like(gate) if gate.grad is None else gate.grad
-                    for name, gate in gates.items()
-                }
-            )
             losses.append(float(measure.summed(total)))
-            slopes.append(measure.summed(slope))
+            found = [torch.zeros_like(g) if g.grad is None else g.grad for g in gates.values()]
+            slopes.append(measure.summed(torch.cat(found).double()))
     scores = losses[0] - losses[1] - (slopes[0] + slopes[1])
     return Scores(_by_module(scores, layers), losses[0], losses[1], kind="gradient")
 
@@ -283,7 +279,9 @@ class _Ablation:
             for rank in ranks:
                 yield rank, self._masked_losses([rank])[0]
             return
-        num_copies = max(1, _MASKED_TOKENS // self._batch.token_ids.numel())
+        on_cpu = self._batch.token_ids.device.type == "cpu"
+        num_tokens = _MASKED_TOKENS_CPU if on_cpu else _MASKED_TOKENS
+        num_copies = max(1, num_tokens // self._batch.token_ids.numel())
         by_depth: dict[int, list[Rank]] = {}
         for rank in ranks:
             by_depth.setdefault(self._stack.depth[rank[0]], []).append(rank)
@@ -386,8 +384,9 @@ def _measuring(loss: ModelLoss, layers: Layers) -> Iterator[None]:
     model.eval()
     for weight in weights:
         weight.requires_grad = False
+    gpus = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         for weight in weights:
@@ -434,11 +433,6 @@ def _replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator
         del layer.forward
         if before is not None:
             layer.forward = before
-
-
-def _flat(values: Mapping[str, Tensor]) -> Tensor:
-    """Return all modules' values one after the other, float64, on the CPU."""
-    return torch.cat([value.detach().double().cpu() for value in values.values()])
 
 
 def _by_module(values: Tensor, layers: Layers) -> dict[str, Tensor]:

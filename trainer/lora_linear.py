@@ -94,18 +94,18 @@ class LoraLinear(nn.Module):
             y: Tensor = self.base(x)
             return y
         # A layer of another class (Conv1D, a quantised one) multiplies in its own way.
-        in_own_way = self.gates is not None or (self.dropout and self.training)
+        in_own_way = self.dropout and self.training
         if type(self.base) is nn.Linear and not in_own_way:
-            return lora_linear(
-                x, self.base.weight, self.base.bias, self.lora_a, self.lora_b, self.scaling
-            )
+            weights = (self.base.weight, self.base.bias, self.lora_a, self.lora_b)
+            if self.gates is not None:
+                return gated_linear(x, *weights, self.scaling, self.gates)
+            return lora_linear(x, *weights, self.scaling)
         y = self.base(x)
         dropped = F.dropout(x, self.dropout, self.training)
         shrunk = F.linear(dropped, self.lora_a.to(x.dtype))
         if self.gates is not None:
-            copies = shrunk.view(len(self.gates) if self.gates.dim() > 1 else 1, -1, self.rank)
             # In float32, in which the gates' gradients are summed.
-            gated = copies.float() * self.gates.view(-1, 1, self.rank)
+            gated = _by_copy(shrunk, self.gates).float() * self.gates.view(-1, 1, self.rank)
             shrunk = gated.view_as(shrunk).to(x.dtype)
         # Scaling the rank-sized intermediate is the cheapest place.
         return y + F.linear(shrunk * self.scaling, self.lora_b.to(x.dtype)).to(y.dtype)
@@ -173,6 +173,75 @@ def lora_linear(
         flat, weight, bias, lora_a, lora_b, scaling, rows
     )
     return y.view(*x.shape[:-1], -1)
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    gates: Tensor,
+) -> Tensor:
+    """Return x Wᵀ + bias + scaling * (gates * (x Aᵀ)) Bᵀ, differentiable in x and the gates alone.
+
+    Args: gates: [rank] or [num_copies, rank], float32; of the rows of x every copy has an equal
+        share. The others as in `lora_linear`.
+    Checked against: the same without gates and B multiplied, in tests/trainer/test_lora_linear.py.
+    """
+    y: Tensor = _GatedLinearFunction.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling, gates
+    )
+    return y.view(*x.shape[:-1], -1)
+
+
+def _by_copy(shrunk: Tensor, gates: Tensor) -> Tensor:
+    """View [.., rank] as [num_copies, rows, rank]."""
+    return shrunk.view(len(gates) if gates.dim() > 1 else 1, -1, shrunk.shape[-1])
+
+
+class _GatedLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        gates: Tensor,
+    ) -> Tensor:
+        shrunk = torch.mm(x, lora_a.to(x.dtype).t()).mul_(scaling)
+        y = F.linear(x, weight, bias)
+        is_shut = not gates.any()
+        if not is_shut:
+            y.addmm_(_gated(shrunk, gates), lora_b.to(x.dtype).t())
+        ctx.save_for_backward(shrunk, weight, lora_a, lora_b, gates)
+        ctx.scaling, ctx.is_shut = scaling, is_shut
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        shrunk, weight, lora_a, lora_b, gates = ctx.saved_tensors
+        grad_y = gradients[0]
+        # In the gated, scaled product x Aᵀ.
+        grad_gated = torch.mm(grad_y, lora_b.to(grad_y.dtype))
+        slopes = _by_copy(grad_gated.float() * shrunk.float(), gates).sum(dim=1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad_y, weight)
+            if not ctx.is_shut:
+                grad_shrunk = _gated(grad_gated, gates).mul_(ctx.scaling)
+                grad_x.addmm_(grad_shrunk, lora_a.to(grad_y.dtype))
+        return grad_x, None, None, None, None, None, slopes.view_as(gates)
+
+
+def _gated(shrunk: Tensor, gates: Tensor) -> Tensor:
+    """Return [rows, rank] with each rank multiplied by its gate, new."""
+    gated = _by_copy(shrunk, gates) * gates.view(-1, 1, shrunk.shape[-1]).to(shrunk.dtype)
+    return gated.view_as(shrunk)
 
 
 class _LoraLinearFunction(torch.autograd.Function):

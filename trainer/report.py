@@ -239,6 +239,8 @@ def _summary(
 ) -> list[tuple[str, str]]:
     """Return what was trained, as rows of name and value."""
     modules = list(artifact.modules.values()) if artifact else []
+    scoring = [finite(row.get("seconds")) or 0.0 for row in log.rounds]
+    measuring = f", and {_duration(sum(scoring))} for measuring ranks" if scoring else ""
     samples = log.num_samples
     if samples is None:
         samples = _at(origin, "training", "num_samples")
@@ -252,7 +254,7 @@ def _summary(
         ("Samples", _number(samples)),
         ("Tokens", f"{log.num_tokens:,}"),
         ("Steps", f"{log.num_steps:,}"),
-        ("Time", _duration(log.seconds)),
+        ("Time", _duration(log.seconds) + measuring),
         ("Weights", f"sha256:{weights_digest(artifact)}" if artifact else "no adapter"),
     ]
     return [(name, value) for name, value in rows if value]

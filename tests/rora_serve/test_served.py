@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from adapters import AdapterConfig, AdapterStore, open_artifact, validate
+from adapters import AdapterConfig, AdapterStore, open_artifact, validate, write_artifact
 from adapters.digest import read_provenance
 from adapters.limits import MAX_DELTA_BOUND
 from adapters.names import DEFAULT_MODEL_NAME as BASE
@@ -32,6 +32,7 @@ from tests.rora_serve.serving import (
     stock_command,
 )
 from tests.workloads import make_random_adapter
+from trainer.allocation import trained_config
 from trainer.config import (
     AdapterSettings,
     AllocationSettings,
@@ -39,7 +40,9 @@ from trainer.config import (
     LoopSettings,
     TrainConfig,
 )
+from trainer.inject import inject_artifact
 from trainer.model import load_base, load_tokenizer
+from trainer.optim import RankAdamW
 from trainer.run import train
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -87,10 +90,80 @@ def train_allocated(folder: Path, base: Path) -> Path:
     return train(config, load_base(BASE, base, dtype="float32"))
 
 
+class Gated:
+    """A model with an adapter of rank 8, some of whose ranks are switched off by gates."""
+
+    def __init__(self, base: Path, adapter: Path) -> None:
+        self._base = load_base(BASE, base, dtype="float32").model
+        self._config = open_artifact(adapter).config
+        self._layers = inject_artifact(self._base, open_artifact(adapter))
+        chooser = torch.Generator().manual_seed(0)
+        for number, layer in enumerate(self._layers.values()):
+            open_gates = torch.rand(8, generator=chooser) < (number % 4) / 3
+            layer.gates = open_gates.float()
+
+    def write_pruned(self, folder: Path) -> Path:
+        """Remove what is switched off, as a round does, and write the folder."""
+        optimizer = RankAdamW(self._layers, weight_decay=0.0)
+        gates = {name: layer.gates for name, layer in self._layers.items()}
+        before = {name: layer.factors for name, layer in self._layers.items()}
+        for name, layer in self._layers.items():
+            gate = gates[name]
+            assert gate is not None
+            kept = gate.nonzero().flatten().tolist()
+            scaling = 16 / len(kept) if kept else 0.0  # of LoRA with alpha 16
+            layer.gates = None
+            optimizer.resize(name, kept, 0, scaling=scaling, generator=torch.Generator())
+        config = trained_config(self._config, self._layers)
+        factors = {
+            name: (layer.lora_a.detach().numpy(), layer.lora_b.detach().numpy())
+            for name, layer in self._layers.items()
+            if layer.rank
+        }
+        write_artifact(folder, config, factors, provenance={"format": 1})
+        for name, layer in self._layers.items():
+            layer.set_factors(before[name])
+            layer.gates = gates[name]
+        return folder
+
+    @torch.no_grad()
+    def largest_difference(self, found: Continuation) -> float:
+        """Over the top log-probs of every generated token; the served tokens are the context."""
+        logits = self._base(torch.tensor([found.prompt + found.tokens])).logits[0]
+        return difference_of_log_probs(logits.log_softmax(-1), found)
+
+
+def difference_of_log_probs(log_probs: torch.Tensor, found: Continuation) -> float:
+    """Return the largest difference; log_probs: [tokens, vocabulary] of prompt and answer."""
+    first = len(found.prompt) - 1
+    return max(
+        abs(float(log_probs[first + step, token]) - value)
+        for step, top in enumerate(found.top_log_probs)
+        for token, value in top.items()
+    )
+
+
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> dict[str, Path]:
+def gated(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Gated:
+    adapter = make_random_adapter(
+        tmp_path_factory.mktemp("gated") / "whole",
+        default_model,
+        config=CONFIGS["lora-8"],
+        modules=LINEAR,
+        seed=5,
+    )
+    return Gated(default_model, adapter)
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    tmp_path_factory: pytest.TempPathFactory, default_model: Path, gated: Gated
+) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
-    return {"allocated": train_allocated(root / "training", default_model)} | {
+    return {
+        "allocated": train_allocated(root / "training", default_model),
+        "pruned": gated.write_pruned(root / "pruned"),
+    } | {
         name: make_random_adapter(
             root / name,
             default_model,
@@ -152,13 +225,7 @@ class Oracle:
         else:
             model.set_adapter(name)
             logits = model(ids).logits[0]
-        log_probs = logits.log_softmax(-1)
-        first = len(found.prompt) - 1
-        return max(
-            abs(float(log_probs[first + step, token]) - value)
-            for step, top in enumerate(found.top_log_probs)
-            for token, value in top.items()
-        )
+        return difference_of_log_probs(logits.log_softmax(-1), found)
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +280,18 @@ def test_the_adapters_differ_from_the_base_and_from_each_other(
     names = [BASE, "allocated", *CONFIGS]
     found = ask_together(server, [(name, prompts[0]) for name in names], num_tokens=8)
     assert len({continuation.tokens for continuation in found}) == len(names)
+
+
+def test_a_pruned_adapter_is_served_as_the_gated_model(
+    server: Server, gated: Gated, adapters: dict[str, Path], prompts: list[tuple[int, ...]]
+) -> None:
+    ranks = {module.rank for module in open_artifact(adapters["pruned"]).modules.values()}
+    assert len(ranks) > 5
+    assert len(open_artifact(adapters["pruned"]).modules) < len(LINEAR) * 30
+    found = ask_together(server, [("pruned", prompt) for prompt in prompts], num_tokens=NUM_TOKENS)
+    difference = max(map(gated.largest_difference, found))
+    print("largest difference of log-probs from the gated model:", difference)
+    assert difference <= ATOL["logits-float32"]
 
 
 def test_an_allocated_adapter_has_ranks_from_none_to_three_times_the_first(

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference import ATOL, linear_loop, lora_gradients_loop
-from trainer.lora_linear import LoraLinear, lora_linear, only_rows
+from trainer.lora_linear import LoraLinear, gated_linear, lora_linear, only_rows
 
 
 def base_of(layer: LoraLinear) -> nn.Linear:
@@ -182,3 +182,29 @@ def test_in_16_bits_any_rank_computes_what_it_does_in_32(rank: int) -> None:
     for exact, rounded in zip(*results, strict=True):
         # Eight bits of each factor, summed over a few dozen products of size 1 to 5.
         torch.testing.assert_close(rounded, exact, atol=0.02 * float(exact.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("num_copies", [1, 2])
+@pytest.mark.parametrize("is_shut", [False, True])
+def test_gates_multiply_ranks_and_have_their_gradients(num_copies: int, is_shut: bool) -> None:
+    """Against autograd through the formula, copy by copy; shut gates have slopes too."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, lora_a, lora_b, grad_y, gates = (
+        torch.randn(*size, generator=generator)
+        for size in ((4, 3, 7), (5, 7), (5,), (2, 7), (5, 2), (4, 3, 5), (num_copies, 2))
+    )
+    gates = gates * (not is_shut)
+    inputs = [x.clone().requires_grad_(), gates.clone().requires_grad_()]
+    y = gated_linear(inputs[0], weight, bias, lora_a, lora_b, 0.7, inputs[1])
+    y.backward(grad_y)
+    expected = [x.clone().requires_grad_(), gates.clone().requires_grad_()]
+    parts = []
+    for copy, part in enumerate(expected[0].chunk(num_copies)):
+        delta = (part @ lora_a.T * expected[1][copy]) @ lora_b.T
+        parts.append(part @ weight.T + bias + 0.7 * delta)
+    torch.cat(parts).backward(grad_y)
+    torch.testing.assert_close(y, torch.cat(parts))
+    for ours, theirs in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        assert ours.grad is not None
+        assert ours.grad.any()

@@ -159,6 +159,7 @@ def test_ranks_are_drawn_after_each_round(tmp_path: Path) -> None:
         [str(number), str(2 * number), "gradient", "24", "12,345"] for number in (1, 2, 3)
     ]
     assert rows[1][5:] == ["1.5000", "2.5000", "1.2"]
+    assert ["Time", "5.0 s, and 3.8 s for measuring ranks"] in page.rows
     text = " ".join(page.texts)
     assert "Pruned: model.layers.0.q_proj 1. Grown: model.layers.2.v_proj 1." in text
     pictures = {path.name for path in (run / "report").iterdir()}
