@@ -122,7 +122,8 @@ def _facts(
         )
     if not data.eval_sets:
         facts.append(("held out", "none"))
-    facts.append(("allocation", "none" if allocation is None else allocation.in_words()))
+    if allocation is not None:
+        facts.append(("allocation", allocation.in_words()))
     width = max(len(name) for name, _ in facts)
     return [f"{name:{width}}  {fact}" for name, fact in facts]
 

@@ -4,8 +4,15 @@ from typing import Any
 import pytest
 
 import trainer.cli
+from adapters.errors import ConfigError
 from tests.workloads import chat, write_lines
-from trainer.config import AdapterSettings, DataSettings, LoopSettings, TrainConfig
+from trainer.config import (
+    AdapterSettings,
+    AllocationSettings,
+    DataSettings,
+    LoopSettings,
+    TrainConfig,
+)
 from trainer.validate import validate
 
 
@@ -54,6 +61,32 @@ def test_the_report_counts_what_the_run_will_see(tmp_path: Path, tiny_model: Pat
     assert facts.splitlines()[6].endswith("an epoch, of at most 30 tokens")
     assert shown.startswith("one batch of ")
     assert "\n\na⟦ a<|im_end|>⟧\n" in shown
+
+
+def test_allocation_is_planned_without_a_model(tmp_path: Path, tiny_model: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [{"text": f"{n} a"} for n in range(30)])
+
+    def report_of(**allocation: Any) -> str:
+        settings = {"enabled": True, "rounds": 2, "epochs_per_round": 0.5, "score_samples": 10}
+        config = TrainConfig(
+            model=str(tiny_model),
+            output=tmp_path / "run",
+            data=DataSettings(train=data),
+            adapter=AdapterSettings(rank=2),
+            allocation=AllocationSettings(**(settings | allocation)),
+            train=LoopSettings(batch_tokens=16, epochs=2),
+        )
+        return validate(config, tiny_model)
+
+    expected = (
+        "allocation  7 of 28 ranks move in each of 2 rounds, after steps 5 to 8; gradient scores "
+        "on 10 samples set apart"
+    )
+    assert expected in report_of().splitlines()
+    with pytest.raises(ConfigError, match="ranks_per_round: 28 is not below 28, the ranks of all"):
+        report_of(ranks_per_round=28)
+    with pytest.raises(ConfigError, match="30 different samples, at least 32 are expected"):
+        report_of(score_samples=16)
 
 
 def test_one_batch_is_shown_first_in_full_then_short(tmp_path: Path, tiny_model: Path) -> None:
