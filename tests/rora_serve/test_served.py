@@ -82,10 +82,10 @@ def train_allocated(folder: Path, base: Path) -> Path:
         data=DataSettings(train=data),
         adapter=AdapterSettings(rank=RANK_BEFORE_ALLOCATION),
         allocation=AllocationSettings(
-            enabled=True, warmup_epochs=0.2, rounds=7, epochs_per_round=0.1,
-            ranks_per_round=0.25, score_samples=8, grace_rounds=7,
+            enabled=True, warmup_epochs=0.4, rounds=1, epochs_per_round=0.4,
+            ranks_per_round=0.6, score_samples=8,
         ),
-        train=LoopSettings(epochs=1, batch_tokens=256, learning_rate=2e-3),
+        train=LoopSettings(epochs=0.8, batch_tokens=256, learning_rate=2e-3),
     )  # fmt: skip
     return train(config, load_base(BASE, base, dtype="float32"))
 
