@@ -188,15 +188,26 @@ class Allocation:
 
     def choose(self, scores: Scores, spared: Mapping[str, Tensor], optimizer: RankAdamW) -> Move:
         """Return a round's move."""
+        num_ranks = sum(layer.rank for layer in optimizer.layers.values())
         return choose_move(
             scores.by_module,
-            num_moved=self.num_moved,
+            num_moved=min(self.num_moved, num_ranks - 1),  # an adapter has one rank at least
             max_ranks={
                 name: min(layer.in_features, layer.out_features)
                 for name, layer in optimizer.layers.items()
             },
             min_rank=self.config.allocation.min_rank,
             spared=spared,
+        )
+
+    def count_undone(self, move: Move, optimizer: RankAdamW, number: int) -> int:
+        """Return how many of the ranks that go came in the round before."""
+        if number == 1:
+            return 0
+        age = self.rounds_after[number - 1] - self.rounds_after[number - 2]
+        return sum(
+            int((optimizer.state[name]["num_steps"][list(indices)] <= age).sum())
+            for name, indices in move.pruned.items()
         )
 
     def apply(self, move: Move, optimizer: RankAdamW, number: int) -> None:
@@ -223,10 +234,7 @@ class Allocation:
     def _check_budget(
         self, move: Move, before: Mapping[str, int], layers: Mapping[str, LoraLinear]
     ) -> None:
-        """Assert what Algorithm 1 promises of every round.
-
-        Raises: TrainingError: no rank is left.
-        """
+        """Assert what Algorithm 1 promises of every round."""
         num_pruned, num_grown = sum(map(len, move.pruned.values())), sum(move.grown.values())
         after = {name: layer.rank for name, layer in layers.items()}
         assert not move.pruned.keys() & move.grown.keys(), "a module was pruned and grown"
@@ -234,11 +242,7 @@ class Allocation:
         assert sum(after.values()) == sum(before.values()) - num_pruned + num_grown
         assert sum(after.values()) <= self.budget, "there are more ranks than the budget has"
         assert len(move.pruned) < len(before) or not num_grown, "ranks came though all lost some"
-        if not any(after.values()):
-            raise TrainingError(
-                "allocation: no module has a rank left, one at least is expected; raise "
-                "allocation.min_rank or lower allocation.ranks_per_round"
-            )
+        assert any(after.values()), "no rank is left"
 
     def scaling(self, rank: int) -> float:
         """Return a module's scaling at a rank; 0 at rank 0."""
@@ -257,7 +261,7 @@ def plan_rounds(config: TrainConfig, epochs: Sequence[float]) -> tuple[int, ...]
     Raises: ConfigError: no step would lie between two rounds, or behind the last.
     """
     settings = config.allocation
-    if not settings.enabled or settings.score == "none":
+    if not settings.enabled or settings.score == "off":
         return ()
     due = [
         settings.warmup_epochs + number * settings.epochs_per_round
@@ -305,15 +309,25 @@ def set_apart(
 
 
 def check_num_moved(config: TrainConfig, num_modules: int) -> None:
-    """Refuse to move as many ranks as there are.
+    """Refuse to move ranks that can not be moved.
 
-    Raises: ConfigError: allocation.ranks_per_round is not below all ranks.
+    Raises: ConfigError: there is one module only, or all ranks that may go would go at once.
     """
-    budget = num_modules * config.adapter.rank
-    if config.allocation.enabled and config.allocation.ranks_per_round >= budget:
+    settings = config.allocation
+    if not settings.enabled:
+        return
+    if num_modules < 2:
         raise ConfigError(
-            f"allocation.ranks_per_round: {config.allocation.ranks_per_round} is not below "
-            f"{budget}, the ranks of all {num_modules} modules; lower it"
+            "allocation: one module is adapted, two at least are expected for ranks to move "
+            "between; add some to adapter.target_modules"
+        )
+    movable = num_modules * (config.adapter.rank - settings.min_rank)
+    num_moved = Allocation(config, num_modules, (), ()).num_moved
+    if num_moved >= movable:
+        raise ConfigError(
+            f"allocation.ranks_per_round: {settings.ranks_per_round} moves {num_moved} ranks, "
+            f"fewer than the {movable} that may go from {num_modules} modules are expected; "
+            "lower it"
         )
 
 
@@ -323,7 +337,7 @@ def extra_tokens(config: TrainConfig, score_samples: Sequence[Sample]) -> int:
     Each round's score by gradients costs two passes over the samples that it is measured on.
     """
     settings = config.allocation
-    if not settings.enabled or settings.score != "none":
+    if not settings.enabled or settings.score != "off":
         return 0
     return settings.rounds * _PASSES_OF_GRADIENT_SCORE * sum(map(len, score_samples))
 

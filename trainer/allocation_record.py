@@ -13,7 +13,7 @@ _MAX_VALUES = 200_000  # of a history; a whole rora.json may have 500,000
 
 
 def record(
-    scores: Scores, move: Move, optimizer: RankAdamW, *, number: int, step: int, seconds: float
+    scores: Scores, move: Move, optimizer: RankAdamW, *, number: int, step: int
 ) -> dict[str, Any]:
     """Return what is kept of a round, as JSON has it; ranks are those after it."""
     layers = optimizer.layers
@@ -21,7 +21,6 @@ def record(
         "round": number,
         "step": step,
         "score": scores.kind,
-        "seconds": round(seconds, 3),
         "loss": scores.loss,
         "base_loss": scores.base_loss,
         "ranks": {name: layer.rank for name, layer in layers.items()},
@@ -40,11 +39,12 @@ def record(
 
 def in_words(row: Mapping[str, Any]) -> str:
     """Return what a round did, in one line."""
+    undone = f"{row['undone']} of the pruned were new, " if row["undone"] else ""
     num_pruned, num_grown = sum(row["pruned"].values()), sum(row["grown"].values())
     return (
         f"step {row['step']}: round {row['round']}, {num_pruned} ranks pruned in "
         f"{len(row['pruned'])} modules, {num_grown} grown in {len(row['grown'])}, "
-        f"{row['seconds']:.1f} s"
+        f"{undone}{row['seconds']:.1f} s"
     )
 
 

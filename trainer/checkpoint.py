@@ -40,6 +40,7 @@ class TrainingState:
         best_factors: of that step, by module path.
         rounds: of allocation so far, as allocation.record has them.
         scoring_seconds: spent in them, beside `seconds`.
+        is_pending: what follows the last step, from a round on, is not done yet.
     """
 
     origin: dict[str, str]
@@ -53,6 +54,7 @@ class TrainingState:
     best_factors: dict[str, Factors] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     scoring_seconds: float = 0.0
+    is_pending: bool = False
 
 
 def save_checkpoint(run_folder: Path, state: TrainingState, optimizer: RankAdamW) -> Path:
@@ -68,7 +70,8 @@ def save_checkpoint(run_folder: Path, state: TrainingState, optimizer: RankAdamW
     for name, factors in state.best_factors.items():
         tensors |= _as_tensors(f"best.{name}", factors)
     values = {key: value for key, value in vars(state).items() if key != "best_factors"}
-    content = digest_of(tensors[name] for name in sorted(tensors))
+    state_text = json.dumps(values)
+    content = _content_digest(tensors, state_text)
     folder = run_folder / CHECKPOINT_FOLDER
     path = folder / f"step-{state.step:08d}.safetensors"
     partial = path.with_suffix(".partial")
@@ -77,7 +80,7 @@ def save_checkpoint(run_folder: Path, state: TrainingState, optimizer: RankAdamW
         save_file(
             {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
             partial,
-            metadata={_STATE_KEY: json.dumps(values), _DIGEST_KEY: content},
+            metadata={_STATE_KEY: state_text, _DIGEST_KEY: content},
         )
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -110,11 +113,11 @@ def load_checkpoint(
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            values: dict[str, Any] = json.loads(file.metadata()[_STATE_KEY])
-            content = digest_of(file.get_tensor(name) for name in sorted(file.keys()))
-            if content != file.metadata()[_DIGEST_KEY]:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if _content_digest(tensors, metadata[_STATE_KEY]) != metadata[_DIGEST_KEY]:
                 raise ValueError("its bytes changed since it was written")
-            state = TrainingState(**values)
+            state = TrainingState(**json.loads(metadata[_STATE_KEY]))
             changed = [name for name in origin if state.origin.get(name) != origin[name]]
             if changed:
                 raise TrainingError(
@@ -122,13 +125,13 @@ def load_checkpoint(
                     "are expected; put them back, or start a new run"
                 )
             for name, layer in optimizer.layers.items():
-                layer.set_factors(_read_factors(name, file))
+                layer.set_factors(_factors(name, tensors))
                 optimizer.state[name] = {
-                    key: file.get_tensor(f"{name}.{key}").to(before.device)
+                    key: tensors[f"{name}.{key}"].to(before.device)
                     for key, before in optimizer.state[name].items()
                 }
                 if state.best_step is not None:
-                    state.best_factors[name] = _read_factors(f"best.{name}", file)
+                    state.best_factors[name] = _factors(f"best.{name}", tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, TrainingError):
             raise
@@ -161,8 +164,14 @@ def _as_tensors(name: str, factors: Factors) -> dict[str, Tensor]:
     }
 
 
-def _read_factors(name: str, file: Any) -> Factors:
-    lora_a, lora_b, scaling = (
-        file.get_tensor(f"{name}.{key}") for key in ("lora_a", "lora_b", "scaling")
-    )
+def _factors(name: str, tensors: Mapping[str, Tensor]) -> Factors:
+    lora_a, lora_b, scaling = (tensors[f"{name}.{key}"] for key in ("lora_a", "lora_b", "scaling"))
     return Factors(lora_a, lora_b, float(scaling))
+
+
+def _content_digest(tensors: Mapping[str, Tensor], state_text: str) -> str:
+    """Return the hexadecimal sha256 of all that a checkpoint holds."""
+    names = sorted(tensors)
+    outline = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    content = [digest_of(tensors[name] for name in names), outline, state_text]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """TrainConfig: every setting of a training run, from one TOML file and flags of the same names."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -51,6 +52,17 @@ class DataSettings(_Section):
     eval_limit: int = Field(
         200, ge=1, description="lines of each file of data.eval that are used, the first ones"
     )
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _one_file_or_several_sets(cls, value: object) -> object:
+        files = value.values() if isinstance(value, dict) else [value]
+        if value is None or all(isinstance(file, str | Path) for file in files):
+            return value
+        raise ValueError(
+            "a file, or a table of files by name is expected; as flags one PATH, or SET=PATH for "
+            "each set"
+        )
 
     @field_validator("eval")
     @classmethod
@@ -112,7 +124,7 @@ class AllocationSettings(_Section):
         ge=1,
         description="samples of data.train that are set apart, to measure ranks on (B_val)",
     )
-    score: Literal["gradient", "screened", "exact", "random", "none"] = Field(
+    score: Literal["gradient", "screened", "exact", "random", "off"] = Field(
         "gradient",
         description="how ranks are measured: by gradients; by these and ablation near the cut; by "
         "ablation; or controls: at random; not at all, and the time goes into more steps",
@@ -123,13 +135,18 @@ class AllocationSettings(_Section):
     min_rank: int = Field(0, ge=0, description="rank that no module is pruned below")
     grace_rounds: int = Field(0, ge=0, description="rounds for which a new rank is not pruned")
 
-    @field_validator("ranks_per_round")
+    @field_validator("ranks_per_round", mode="before")
     @classmethod
-    def _a_count_or_a_share(cls, value: float) -> float:
-        is_count = isinstance(value, int) and value >= 1
-        if not is_count and not (isinstance(value, float) and 0 < value < 1):
-            raise ValueError("a whole number from 1, or a fraction between 0 and 1 is expected")
-        return value
+    def _a_count_or_a_share(cls, value: object) -> float:
+        number: object = value
+        if isinstance(value, str):  # of a flag
+            with suppress(ValueError):
+                number = int(value) if value.isdecimal() else float(value)
+        if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
+            return number
+        if isinstance(number, float) and 0 < number < 1:
+            return number
+        raise ValueError("a whole number from 1, or a fraction between 0 and 1 is expected")
 
     @property
     def epochs(self) -> float:

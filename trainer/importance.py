@@ -76,6 +76,7 @@ class Measure:
         max_tokens: of one pass forward and backward.
         max_forward_tokens: of one batch that goes forward only.
         processes: that share the work; all of them get the same scores.
+        is_stopped: asked now and then while exact scores are measured.
     """
 
     loss: ModelLoss
@@ -84,6 +85,7 @@ class Measure:
     max_tokens: int
     max_forward_tokens: int
     processes: Processes
+    is_stopped: Callable[[], bool] = lambda: False
 
     @property
     def num_loss(self) -> int:
@@ -144,6 +146,7 @@ def exact_scores(measure: Measure, wanted: Mapping[str, Sequence[int]] | None = 
     Args: wanted: indices of ranks by module; none: all. The scores of others are not-a-number.
     Cost: two forwards a rank, of the layers at and above the masked one; 0.52 of the whole model's
         on average. Memory: every layer's output for one batch.
+    Raises: KeyboardInterrupt: asked to stop.
     Checked against: a loop that masks one rank at a time, in tests/trainer/test_importance.py.
     """
     layers = measure.layers
@@ -175,6 +178,8 @@ def exact_scores(measure: Measure, wanted: Mapping[str, Sequence[int]] | None = 
                     for rank, loss in ablation.losses(own):
                         scores[rank] += -loss if alone else loss
                         progress.update()
+                        if measure.is_stopped():
+                            raise KeyboardInterrupt
     values = measure.summed(torch.tensor(list(scores.values()), dtype=torch.float64))
     by_module = {
         name: torch.full((layer.rank,), torch.nan, dtype=torch.float64)

@@ -17,12 +17,17 @@ class LogWriter:
         trackers: where steps and evaluations go too.
         after_step: rows behind this step are dropped first: a run that goes on from a checkpoint
             takes those steps again.
+        is_pending: and so are those of what follows this step.
     """
 
-    def __init__(self, run_folder: Path, trackers: Tracker, *, after_step: int) -> None:
+    def __init__(
+        self, run_folder: Path, trackers: Tracker, *, after_step: int, is_pending: bool = False
+    ) -> None:
         path = run_folder / LOG_FILE
         kept = [
-            row for row in read_log(run_folder) if row.get("step", after_step + 1) <= after_step
+            row
+            for row in read_log(run_folder)
+            if row.get("step", after_step + 1) < after_step + ("loss" in row or not is_pending)
         ]
         replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a", encoding="utf-8")

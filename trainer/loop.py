@@ -49,6 +49,7 @@ class Run:
         optimizer: holds the trained layers; state: where the run stands.
         log: None in all processes but the first.
         plan: every step from the first.
+        signals: to stop that this process received.
         allocation: of ranks, if they move.
     """
 
@@ -62,6 +63,7 @@ class Run:
     processes: Processes
     log: LogWriter | None
     plan: Plan = ()
+    signals: Sequence[int] = ()
     allocation: Allocation | None = None
 
     @cached_property
@@ -98,7 +100,9 @@ def run_steps(run: Run) -> None:
         disable=not run.processes.is_first,
     )
     with progress, _stopped_by_signals() as signals:
-        _move_ranks_if_due(run)
+        run.signals = signals
+        if run.state.is_pending:
+            _after_step(run, num_steps=len(plan), stops=False)
         while run.state.step < len(plan) and not _is_over(run):
             stops = _next_step(run, plan, progress, stop=bool(signals))
             _after_step(run, num_steps=len(plan), stops=stops)
@@ -148,7 +152,7 @@ def _after_step(run: Run, *, num_steps: int, stops: bool) -> None:
     """Move ranks, evaluate and write a checkpoint where they are due."""
     settings, state = run.config.train, run.state
     is_last = state.step == num_steps
-    _move_ranks_if_due(run)
+    _move_ranks_if_due(run, stops=stops)
     evaluates = settings.eval_steps is not None and bool(run.eval_samples)
     if evaluates and (is_last or state.step % (settings.eval_steps or 1) == 0):
         evaluate_step(run)
@@ -166,13 +170,17 @@ def _write_checkpoint(run: Run) -> None:
     run.processes.wait()
 
 
-def _move_ranks_if_due(run: Run) -> None:
+def _move_ranks_if_due(run: Run, *, stops: bool) -> None:
     allocation, state = run.allocation, run.state
-    if allocation is None or not allocation.is_due(state.step, len(state.rounds)):
-        return
-    if run.config.allocation.score in _SLOW_SCORES:
-        _write_checkpoint(run)  # so that a run that is stopped meanwhile goes on from here
-    move_ranks(run, allocation)
+    if allocation is not None and allocation.is_due(state.step, len(state.rounds)):
+        if run.config.allocation.score in _SLOW_SCORES:
+            # So that a run that is stopped meanwhile goes on from here.
+            state.is_pending = True
+            _write_checkpoint(run)
+            if stops:
+                raise KeyboardInterrupt
+        move_ranks(run, allocation)
+    state.is_pending = False
 
 
 def take_step(
@@ -262,17 +270,21 @@ def move_ranks(run: Run, allocation: Allocation) -> None:
         ),
         max_forward_tokens=run.batch_tokens(EVAL_BATCH_TOKENS),
         processes=run.processes,
+        # Several processes would have to agree on it.
+        is_stopped=lambda: run.processes.count == 1 and bool(run.signals),
     )
     number = len(state.rounds) + 1
     spared = allocation.spared(optimizer, number)
     scores = allocation.measure(measure, spared, number)
     move = allocation.choose(scores, spared, optimizer)
+    num_undone = allocation.count_undone(move, optimizer, number)
     allocation.apply(move, optimizer, number)
     if run.processes.count > 1:
         run.processes.agree({"the ranks": repr(move), "the weights": digest_of(run.weights)})
     seconds = time.perf_counter() - started
     state.scoring_seconds += seconds
-    row = record(scores, move, optimizer, number=number, step=state.step, seconds=seconds)
+    row = record(scores, move, optimizer, number=number, step=state.step)
+    row |= {"undone": num_undone, "seconds": round(seconds, 3)}
     state.rounds.append(row)
     if run.log is not None:
         run.log.round(state.step, row | {"scores": all_scores(scores)})

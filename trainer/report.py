@@ -91,9 +91,11 @@ def write_report(run_folder: Path, adapter_folder: Path) -> Path:
     artifact = open_artifact(adapter_folder) if adapter_folder.exists() else None
     origin = read_provenance(adapter_folder) if artifact else {}
     norms = _delta_norms(artifact) if artifact else {}
+    in_adapter = finite(_at(origin, "allocation", "rounds_in_adapter"))
+    num_in_adapter = len(log.rounds) if in_adapter is None else int(in_adapter)
     sections = [
         *_course_sections(log),
-        *_round_sections(log),
+        *_round_sections(log, num_in_adapter),
         module_section(
             "delta_norm",
             "What the adapter changes",
@@ -108,7 +110,7 @@ def write_report(run_folder: Path, adapter_folder: Path) -> Path:
         f'<p class="failed">The run failed: {escape(log.failure)}</p>' if log.failure else "",
         _facts(_summary(config, log, artifact, origin)),
         _results(log.results),
-        _rounds(log),
+        _rounds(log, num_in_adapter),
         *map(_section, sections),
         _modules(artifact, norms),
         _folded("Provenance", _facts(_provenance_rows(origin))) if origin else "",
@@ -164,15 +166,18 @@ def _course_sections(log: RunLog) -> list[Section]:
     ]
 
 
-def _round_sections(log: RunLog) -> list[Section]:
-    """Return what allocation did: the last ranks and their scores, and, folded, earlier ranks."""
+def _round_sections(log: RunLog, num_in_adapter: int) -> list[Section]:
+    """Return what allocation did: the adapter's ranks and scores, and, folded, other rounds'."""
     sections = []
     every = max(1, math.ceil(len(log.rounds) / _MAX_ROUNDS))
-    for row in log.rounds[::-1][::every][::-1]:
-        number, is_last = row["round"], row is log.rounds[-1]
+    drawn = log.rounds[::-1][::every]
+    last = next((row for row in drawn if row["round"] <= num_in_adapter), None)
+    for row in drawn[::-1]:
+        number, is_last = row["round"], row is last
+        later = "" if number <= num_in_adapter else ", not in the adapter"
         section = module_section(
             f"ranks_{number}",
-            f"Ranks after round {number}",
+            f"Ranks after round {number}{later}",
             _numbers(row.get("ranks")),
             label="rank",
             note=_moves(row),
@@ -204,7 +209,7 @@ def _moves(row: Values) -> str:
     return f"Pruned: {listed(lost)}. Grown: {listed(got)}."
 
 
-def _rounds(log: RunLog) -> str:
+def _rounds(log: RunLog, num_in_adapter: int) -> str:
     """Return the table of allocation's rounds."""
     if not log.rounds:
         return ""
@@ -225,6 +230,8 @@ def _rounds(log: RunLog) -> str:
             )
         )
     note = "Losses are those of the samples that importance was measured on, before the move."
+    if num_in_adapter < len(log.rounds):
+        note += f" The adapter has its best weights, after round {num_in_adapter}."
     return f'<h2>Allocation of ranks</h2><p class="note">{note}</p>{_table(head, rows)}'
 
 

@@ -104,7 +104,7 @@ def _run(config: TrainConfig, base: BaseModel, processes: Processes, *, begins: 
         if begins:
             write_run_config(config)
         trackers = open_trackers(config.tracking, config.output, config.model_dump_json())
-        log = LogWriter(config.output, trackers, after_step=state.step)
+        log = LogWriter(config.output, trackers, after_step=state.step, is_pending=state.is_pending)
     run = Run(
         config=config,
         folder=config.output,
@@ -225,7 +225,9 @@ def _finish(
         history = history_of(state.rounds, config.adapter.rank, kept_step=kept_step)
         origin["allocation"] = history
         ranks = {name: layer.rank for name, layer in layers.items()}
-        print(grid_in_words(ranks, "ranks:"), file=sys.stderr)
+        num_rounds = history["rounds_in_adapter"]
+        title = f"ranks of step {kept_step}, after round {num_rounds} of {len(state.rounds)}:"
+        print(grid_in_words(ranks, title), file=sys.stderr)
     folder = config.output / ADAPTER_FOLDER
     digest = export(folder, description, base, layers, provenance=origin, samples=run.samples)
     print(f"weights sha256:{digest}", file=sys.stderr)

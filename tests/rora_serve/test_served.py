@@ -329,9 +329,11 @@ def test_stock_vllm_corrupts_the_base_beside_an_adapter(
     assert mixed[BASE] > 10 * TOLERANCE
 
 
-def test_the_openai_client_gets_what_it_expects(server: Server, store: AdapterStore) -> None:
+def test_the_openai_client_gets_what_it_expects(
+    server: Server, store: AdapterStore, adapters: dict[str, Path]
+) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        assert [model.id for model in client.models.list()] == [BASE, *CONFIGS]
+        assert [model.id for model in client.models.list()] == [BASE, *sorted(adapters)]
         assert client.models.retrieve("lora-8").id == "lora-8"
         messages: Any = [{"role": "user", "content": "Hi"}]
         raw = client.chat.completions.with_raw_response.create(

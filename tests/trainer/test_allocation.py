@@ -317,14 +317,34 @@ def test_new_ranks_are_spared_for_the_rounds_of_grace() -> None:
     assert spared == {0: {"b": (4,)}, 1: {"b": (0,)}}
 
 
-def test_a_run_does_not_go_on_without_any_rank() -> None:
-    allocation = allocation_of(make_config(ranks_per_round=7), num_modules=1)
-    optimizer = RankAdamW({"a": make_layer(4)}, weight_decay=0.0)
-    with pytest.raises(TrainingError, match="no module has a rank left"):
-        allocation.apply(Move({"a": (0, 1, 2, 3)}, {}), optimizer, 1)
-    with pytest.raises(ConfigError, match="ranks_per_round: 8 is not below 8, the ranks of all 2"):
-        check_num_moved(make_config(ranks_per_round=8), num_modules=2)
+@pytest.mark.parametrize(
+    ("settings", "num_modules", "message"),
+    [
+        ({"ranks_per_round": 8}, 2, "8 moves 8 ranks, fewer than the 8 that may go from 2 modules"),
+        ({"ranks_per_round": 0.999}, 50, "0.999 moves 200 ranks, fewer than the 200"),
+        ({"ranks_per_round": 2, "min_rank": 3}, 2, "2 moves 2 ranks, fewer than the 2"),
+        ({"ranks_per_round": 1}, 1, "one module is adapted, two at least are expected"),
+    ],
+)
+def test_moves_that_can_not_be_are_refused(
+    settings: dict[str, Any], num_modules: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_num_moved(make_config(**settings), num_modules)
     check_num_moved(make_config(ranks_per_round=7), num_modules=2)
+
+
+def test_a_round_leaves_a_rank() -> None:
+    """Also where rounds before it took more than they gave."""
+    allocation = allocation_of(make_config(ranks_per_round=7))
+    layers = {"a": make_layer(1), "b": make_layer(1)}
+    optimizer = RankAdamW(layers, weight_decay=0.0)
+
+    class AsMeasured:
+        by_module = scores_of(a=[1.0], b=[2.0])
+
+    move = allocation.choose(AsMeasured, allocation.spared(optimizer, 1), optimizer)  # type: ignore[arg-type]
+    assert move == Move({"a": (0,)}, {"b": 1})
 
 
 def test_both_readings_of_how_many_ranks_move() -> None:
@@ -341,7 +361,7 @@ def test_rounds_follow_the_passes_that_were_asked_for() -> None:
     config = make_config(warmup_epochs=1.0, rounds=4, epochs_per_round=0.5)
     plan = plan_run(config, [3] * 40, packed=True)  # 2 steps a pass
     assert plan_rounds(config, [epochs for epochs, _ in plan]) == (2, 3, 4, 5)
-    none = make_config(warmup_epochs=1.0, rounds=4, epochs_per_round=0.5, score="none")
+    none = make_config(warmup_epochs=1.0, rounds=4, epochs_per_round=0.5, score="off")
     assert plan_rounds(none, [epochs for epochs, _ in plan]) == ()
 
 
@@ -385,10 +405,10 @@ def test_the_control_without_moves_trains_for_the_time_that_scores_take() -> Non
             packed=True,
             extra_tokens=extra_tokens(make_config(score=score, **settings), SAMPLES[:4]),
         )
-        for score in ("gradient", "none")
+        for score in ("gradient", "off")
     }
     assert len(plans["gradient"]) == 60
-    assert len(plans["none"]) == 60 + math.ceil(192 / 63)
+    assert len(plans["off"]) == 60 + math.ceil(192 / 63)
 
 
 @pytest.mark.parametrize(
@@ -396,6 +416,10 @@ def test_the_control_without_moves_trains_for_the_time_that_scores_take() -> Non
     [
         ({"ranks_per_round": 0}, "whole number from 1"),
         ({"ranks_per_round": 1.5}, "whole number from 1"),
+        ({"ranks_per_round": 1.0}, "whole number from 1"),
+        ({"ranks_per_round": "1.0"}, "whole number from 1"),
+        ({"ranks_per_round": "nan"}, "whole number from 1"),
+        ({"ranks_per_round": True}, "whole number from 1"),
         ({"rounds": 9}, "train.epochs is 3, at least .* = 3.25 is expected"),
         ({"min_rank": 4}, "allocation.min_rank is 4, below adapter.rank = 4 is expected"),
         ({"warmup_epochs": 0}, "greater than 0"),

@@ -171,6 +171,20 @@ def test_ranks_are_drawn_after_each_round(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_rounds_that_are_not_in_the_adapter_are_said_to_be_so(
+    tmp_path: Path, adapter: Path
+) -> None:
+    path = adapter / "rora.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"allocation": {"rounds_in_adapter": 1}})
+    )
+    rounds: list[object] = [round_row(number) for number in (1, 2)]
+    page = page_of(make_run(tmp_path / "run", [*ROWS, *rounds]), adapter)
+    titles = [t for t in page.texts if t.startswith("Ranks after")]
+    assert titles == ["Ranks after round 1", "Ranks after round 2, not in the adapter"]
+    assert "The adapter has its best weights, after round 1." in " ".join(page.texts)
+
+
 def test_a_hundred_rounds_are_not_a_hundred_pictures(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [*ROWS, *(round_row(number) for number in range(1, 101))])
     page_of(run, tmp_path / "none")

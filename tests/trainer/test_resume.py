@@ -124,6 +124,39 @@ def test_killed_at_random_steps_and_resumed_a_run_ends_with_the_same_digest(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_while_ranks_are_measured_loses_nothing(
+    tmp_path: Path, tiny_model: Path, number: signal.Signals
+) -> None:
+    """The round, and the evaluation that follows the same step, are made up for."""
+    config = write_config(tmp_path, tiny_model, epochs=3, eval_steps=1, checkpoint_steps=10_000)
+    rounds = 'allocation.rounds = 1\nallocation.score = "exact"'
+    config.write_text(config.read_text().replace("allocation.rounds = 10", rounds))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finish(start("run", str(config), "--output", str(whole)))
+    (step,) = (row["step"] for row in moves_of(whole))
+    process = start("run", str(config), "--output", str(stopped))
+    checkpoint = stopped / "checkpoints" / f"step-{step:08d}.safetensors"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGKILL, 130)
+    assert not moves_of(stopped), "the round was over before the signal came"
+    finish(start("resume", str(stopped)))
+    digests = {weights_digest(open_artifact(run / "adapter")) for run in (whole, stopped)}
+    assert len(digests) == 1
+
+    def events(run: Path) -> list[Any]:
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        return [
+            (row["step"], row.get("loss"), row.get("eval_loss")) for row in rows if "step" in row
+        ]
+
+    assert events(stopped) == events(whole)
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("score", ["gradient", "exact"])
 def test_two_processes_train_what_one_trains(tmp_path: Path, tiny_model: Path, score: str) -> None:
     # Without dropout and noise, which each process draws for its own samples.
@@ -250,13 +283,16 @@ def test_a_damaged_checkpoint_is_named(finished: Path, tmp_path: Path, tiny_mode
         resume(run_folder, load_base("tiny", tiny_model, dtype="float32"))
 
 
+@pytest.mark.parametrize("place", ["in a weight", "in the state"])
 def test_flipped_bytes_in_a_checkpoint_are_noticed(
-    finished: Path, tmp_path: Path, tiny_model: Path
+    finished: Path, tmp_path: Path, tiny_model: Path, place: str
 ) -> None:
     run_folder = unfinish(finished, tmp_path / "run")
     (path,) = (run_folder / "checkpoints").iterdir()
     content = bytearray(path.read_bytes())
-    content[-7] ^= 0x10
+    # Of the JSON within JSON: a digit of num_tokens.
+    at = content.index(b'num_tokens\\": ') + 14 if place == "in the state" else -7
+    content[at] ^= 0x01 if place == "in the state" else 0x10
     path.write_bytes(content)
     with pytest.raises(TrainingError, match="its bytes changed since it was written"):
         resume(run_folder, load_base("tiny", tiny_model, dtype="float32"))

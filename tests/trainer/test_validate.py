@@ -83,7 +83,7 @@ def test_allocation_is_planned_without_a_model(tmp_path: Path, tiny_model: Path)
         "on 10 samples set apart"
     )
     assert expected in report_of().splitlines()
-    with pytest.raises(ConfigError, match="ranks_per_round: 28 is not below 28, the ranks of all"):
+    with pytest.raises(ConfigError, match="ranks_per_round: 28 moves 28 ranks, fewer than the 28 "):
         report_of(ranks_per_round=28)
     with pytest.raises(ConfigError, match="30 different samples, at least 32 are expected"):
         report_of(score_samples=16)
