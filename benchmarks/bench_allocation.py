@@ -35,7 +35,6 @@ from benchmarks.row import RESULTS, kept, write_row
 from benchmarks.training_duel import SAMPLES_A_STEP, our_run, read_task
 from trainer.allocation import Allocation
 from trainer.config import AllocationSettings
-from trainer.data import Sample
 from trainer.distributed import Processes
 from trainer.importance import Measure, Scores, exact_scores, gradient_scores
 from trainer.loop import EVAL_BATCH_TOKENS, Run, move_ranks, take_step
@@ -78,13 +77,8 @@ class Course:
         layers = self._exact.optimizer.layers
         for name, layer in self.run.optimizer.layers.items():
             layers[name].set_factors(layer.factors)
-        return measure_of(self._exact, self._exact.samples)
-
-
-def measure_of(run: Run, samples: Sequence[Sample]) -> Measure:
-    """Return what a run's ranks are measured with."""
-    limits = (EVAL_BATCH_TOKENS, EVAL_BATCH_TOKENS)
-    return Measure(run.loss, run.optimizer.layers, samples, *limits, Processes())
+        limits = (EVAL_BATCH_TOKENS, EVAL_BATCH_TOKENS)
+        return Measure(self._exact.loss, layers, self._exact.samples, *limits, Processes())
 
 
 def take_next(run: Run, num_steps: int, rank: int) -> float:

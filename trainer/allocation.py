@@ -177,13 +177,15 @@ class Allocation:
 
     def spared(self, optimizer: RankAdamW, number: int) -> dict[str, Tensor]:
         """Return which ranks, [rank], bool, by module, are too new to be pruned in a round."""
-        youngest = -1
-        if self.config.allocation.grace_rounds and number > 1:
-            # Ranks that began in the last rounds have taken at most this many steps.
-            first_spared = max(1, number - self.config.allocation.grace_rounds)
-            youngest = self.rounds_after[number - 1] - self.rounds_after[first_spared - 1]
+        return self._new_ranks(optimizer, number, self.config.allocation.grace_rounds)
+
+    def _new_ranks(self, optimizer: RankAdamW, number: int, num_rounds: int) -> dict[str, Tensor]:
+        """Return which ranks, [rank], bool, by module, came in so many rounds before `number`."""
+        first = max(1, number - num_rounds)
+        age = self.rounds_after[number - 1] - self.rounds_after[first - 1]
         return {
-            name: (state["num_steps"] <= youngest).cpu() for name, state in optimizer.state.items()
+            name: ((state["num_steps"] <= age) & (age > 0)).cpu()
+            for name, state in optimizer.state.items()
         }
 
     def choose(self, scores: Scores, spared: Mapping[str, Tensor], optimizer: RankAdamW) -> Move:
@@ -202,13 +204,8 @@ class Allocation:
 
     def count_undone(self, move: Move, optimizer: RankAdamW, number: int) -> int:
         """Return how many of the ranks that go came in the round before."""
-        if number == 1:
-            return 0
-        age = self.rounds_after[number - 1] - self.rounds_after[number - 2]
-        return sum(
-            int((optimizer.state[name]["num_steps"][list(indices)] <= age).sum())
-            for name, indices in move.pruned.items()
-        )
+        is_new = self._new_ranks(optimizer, number, 1)
+        return sum(int(is_new[name][list(gone)].sum()) for name, gone in move.pruned.items())
 
     def apply(self, move: Move, optimizer: RankAdamW, number: int) -> None:
         """Prune and grow layers and moments; what the other ranks compute stays as it is.

@@ -13,7 +13,14 @@ _MAX_VALUES = 200_000  # of a history; a whole rora.json may have 500,000
 
 
 def record(
-    scores: Scores, move: Move, optimizer: RankAdamW, *, number: int, step: int
+    scores: Scores,
+    move: Move,
+    optimizer: RankAdamW,
+    *,
+    number: int,
+    step: int,
+    num_undone: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """Return what is kept of a round, as JSON has it; ranks are those after it."""
     layers = optimizer.layers
@@ -21,6 +28,8 @@ def record(
         "round": number,
         "step": step,
         "score": scores.kind,
+        "undone": num_undone,
+        "seconds": round(seconds, 3),
         "loss": scores.loss,
         "base_loss": scores.base_loss,
         "ranks": {name: layer.rank for name, layer in layers.items()},

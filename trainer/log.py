@@ -24,11 +24,13 @@ class LogWriter:
         self, run_folder: Path, trackers: Tracker, *, after_step: int, is_pending: bool = False
     ) -> None:
         path = run_folder / LOG_FILE
-        kept = [
-            row
-            for row in read_log(run_folder)
-            if row.get("step", after_step + 1) < after_step + ("loss" in row or not is_pending)
-        ]
+
+        def stays(row: dict[str, Any]) -> bool:
+            step = row.get("step", after_step + 1)
+            is_done = step < after_step or not is_pending or "loss" in row
+            return bool(step <= after_step and is_done)
+
+        kept = [row for row in read_log(run_folder) if stays(row)]
         replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a", encoding="utf-8")
         self._trackers = trackers

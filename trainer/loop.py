@@ -89,10 +89,9 @@ def run_steps(run: Run) -> None:
         TrainingError: a loss, a gradient or a held-out loss is not finite.
         KeyboardInterrupt: stopped by a signal, after a checkpoint.
     """
-    plan = run.plan
     run.loss.base.model.train()
     progress = tqdm(
-        total=len(plan),
+        total=len(run.plan),
         initial=run.state.step,
         desc="training",
         unit="step",
@@ -102,10 +101,10 @@ def run_steps(run: Run) -> None:
     with progress, _stopped_by_signals() as signals:
         run.signals = signals
         if run.state.is_pending:
-            _after_step(run, num_steps=len(plan), stops=False)
-        while run.state.step < len(plan) and not _is_over(run):
-            stops = _next_step(run, plan, progress, stop=bool(signals))
-            _after_step(run, num_steps=len(plan), stops=stops)
+            _after_step(run, stops=False)
+        while run.state.step < len(run.plan) and not _is_over(run):
+            stops = _next_step(run, progress, stop=bool(signals))
+            _after_step(run, stops=stops)
         # One that came too late to stop a step.
         if run.processes.any(truth=bool(signals)):
             raise KeyboardInterrupt
@@ -113,14 +112,14 @@ def run_steps(run: Run) -> None:
         run.optimizer.layers[name].set_factors(factors)
 
 
-def _next_step(run: Run, plan: Plan, progress: Any, *, stop: bool) -> bool:
+def _next_step(run: Run, progress: Any, *, stop: bool) -> bool:
     """Take the next step, count and tell it; return whether any process was asked to stop."""
     settings, state = run.config.train, run.state
     assert settings.learning_rate != "auto"
-    epoch, indices = plan[state.step]
+    epoch, indices = run.plan[state.step]
     learning_rate = settings.learning_rate * learning_rate_factor(
         state.step,
-        num_steps=len(plan),
+        num_steps=len(run.plan),
         warmup_ratio=settings.warmup_ratio,
         schedule=settings.schedule,
     )
@@ -148,10 +147,10 @@ def _next_step(run: Run, plan: Plan, progress: Any, *, stop: bool) -> bool:
     return stops
 
 
-def _after_step(run: Run, *, num_steps: int, stops: bool) -> None:
+def _after_step(run: Run, *, stops: bool) -> None:
     """Move ranks, evaluate and write a checkpoint where they are due."""
     settings, state = run.config.train, run.state
-    is_last = state.step == num_steps
+    is_last = state.step == len(run.plan)
     _move_ranks_if_due(run, stops=stops)
     evaluates = settings.eval_steps is not None and bool(run.eval_samples)
     if evaluates and (is_last or state.step % (settings.eval_steps or 1) == 0):
@@ -283,8 +282,15 @@ def move_ranks(run: Run, allocation: Allocation) -> None:
         run.processes.agree({"the ranks": repr(move), "the weights": digest_of(run.weights)})
     seconds = time.perf_counter() - started
     state.scoring_seconds += seconds
-    row = record(scores, move, optimizer, number=number, step=state.step)
-    row |= {"undone": num_undone, "seconds": round(seconds, 3)}
+    row = record(
+        scores,
+        move,
+        optimizer,
+        number=number,
+        step=state.step,
+        num_undone=num_undone,
+        seconds=seconds,
+    )
     state.rounds.append(row)
     if run.log is not None:
         run.log.round(state.step, row | {"scores": all_scores(scores)})

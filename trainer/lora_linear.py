@@ -104,9 +104,7 @@ class LoraLinear(nn.Module):
         dropped = F.dropout(x, self.dropout, self.training)
         shrunk = F.linear(dropped, self.lora_a.to(x.dtype))
         if self.gates is not None:
-            # In float32, in which the gates' gradients are summed.
-            gated = _by_copy(shrunk, self.gates).float() * self.gates.view(-1, 1, self.rank)
-            shrunk = gated.view_as(shrunk).to(x.dtype)
+            shrunk = _gated(shrunk, self.gates)
         # Scaling the rank-sized intermediate is the cheapest place.
         return y + F.linear(shrunk * self.scaling, self.lora_b.to(x.dtype)).to(y.dtype)
 
@@ -239,9 +237,10 @@ class _GatedLinearFunction(torch.autograd.Function):
 
 
 def _gated(shrunk: Tensor, gates: Tensor) -> Tensor:
-    """Return [rows, rank] with each rank multiplied by its gate, new."""
-    gated = _by_copy(shrunk, gates) * gates.view(-1, 1, shrunk.shape[-1]).to(shrunk.dtype)
-    return gated.view_as(shrunk)
+    """Return [.., rank] with each rank multiplied by its gate, new; differentiable in both."""
+    # In float32, in which the gates' gradients are summed.
+    gated = _by_copy(shrunk, gates).float() * gates.view(-1, 1, shrunk.shape[-1])
+    return gated.view_as(shrunk).to(shrunk.dtype)
 
 
 class _LoraLinearFunction(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Every mistake in a run's settings and data at once, and one batch as the model will see it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -37,34 +37,34 @@ def validate(config: TrainConfig, model_folder: Path, *, bold: bool = False) -> 
     Raises: ConfigError: every mistake, joined by "; ".
     """
     problems: list[str] = []
-    checks: tuple[Callable[[], object], ...] = (
-        lambda: check_output(config.output),
-        lambda: _check_adapter(config, model_folder),
-    )
-    for check in checks:
-        try:
-            check()
-        except RoraError as error:
-            problems.append(str(error))
+    num_modules, allocation = 0, None
+    try:
+        check_output(config.output)
+    except RoraError as error:
+        problems.append(str(error))
+    try:
+        num_modules = _check_adapter(config, model_folder)
+    except RoraError as error:
+        problems.append(str(error))
     try:
         tokenizer = load_tokenizer(model_folder)
-        empty = empty_model(model_folder)
-        data = load_data(config, tokenizer, max_positions=max_positions(empty))
+        data = load_data(config, tokenizer, max_positions=max_positions(empty_model(model_folder)))
         samples, score_samples = set_apart(config, data.samples)
-        # Whether a model can be given packed samples is found out when a run starts.
-        _, allocation = plan_with_rounds(
-            config,
-            samples,
-            score_samples,
-            num_modules=len(target_modules(empty, config.adapter.target_modules)),
-            packed=config.train.packing,
-        )
+        if config.allocation.enabled:
+            _, allocation = plan_with_rounds(
+                config,
+                samples,
+                score_samples,
+                num_modules=num_modules,
+                packed=config.train.packing,
+            )
     except RoraError as error:
         problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))
     lengths = [len(sample) for sample in samples]
     one_epoch = config.train.model_copy(update={"epochs": 1.0})
+    # Whether a model can be given packed samples is found out when a run starts.
     plan = plan_run(
         config.model_copy(update={"train": one_epoch}), lengths, packed=config.train.packing
     )
@@ -183,8 +183,9 @@ def _harmless(text: str) -> str:
     )
 
 
-def _check_adapter(config: TrainConfig, model_folder: Path) -> None:
-    """Check targets and ranks on a model without weights."""
+def _check_adapter(config: TrainConfig, model_folder: Path) -> int:
+    """Check targets and ranks on a model without weights; return how many modules are adapted."""
     modules = target_modules(empty_model(model_folder), config.adapter.target_modules)
     check_ranks(modules, adapter_config(config, model_name(config.model), sorted(modules)))
     check_num_moved(config, len(modules))
+    return len(modules)
