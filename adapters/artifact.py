@@ -123,6 +123,12 @@ class AdapterArtifact:
         """The file of the tensors."""
         return self.folder / WEIGHTS_FILE
 
+    @property
+    def tensors(self) -> list[tuple[LoraModule, TensorInfo]]:
+        """Every tensor with its module, sorted by name."""
+        pairs = [(m, tensor) for m in self.modules.values() for tensor in (m.lora_a, m.lora_b)]
+        return sorted(pairs, key=lambda pair: pair[1].name)
+
     def read_tensors(self) -> Iterator[tuple[LoraModule, Array, Array]]:
         """Yield every module with its A and B, as stored, in the order of the file.
 
@@ -141,9 +147,8 @@ class AdapterArtifact:
 
         Each view, of at most 1 MiB, is gone with the next. Raises: as `read_tensors`.
         """
-        pairs = [(m, tensor) for m in self.modules.values() for tensor in (m.lora_a, m.lora_b)]
         with open_tensors(self.weights_path) as file:
-            for module, tensor in sorted(pairs, key=lambda pair: pair[1].name):
+            for module, tensor in self.tensors:
                 yield module, tensor, file.chunks(tensor)
 
 

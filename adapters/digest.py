@@ -5,15 +5,22 @@ docs/format.md, "Digests", is the specification.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.artifact import AdapterArtifact
+import numpy as np
+
+from adapters.artifact import AdapterArtifact, LoraModule
+from adapters.errors import ArtifactError
 from adapters.folder import CHAT_TEMPLATE_FILE, PROVENANCE_FILE
+from adapters.header import TensorInfo
 from adapters.limits import MAX_TEMPLATE_BYTES
 from adapters.reading import open_regular, read_json_file, reading
+from adapters.tensors import Array, open_tensors
+
+CHANGED = "differs from what was stored; add the adapter again"
 
 
 def weights_digest(artifact: AdapterArtifact) -> str:
@@ -28,13 +35,42 @@ def weights_digest(artifact: AdapterArtifact) -> str:
     Raises: ArtifactError: the file changed while it was read.
     Cost: reads every tensor once, 1 MiB at a time.
     """
-    digest = hashlib.sha256(b"rora-weights-1\n")
-    digest.update(canonical_json(_weight_bearing(artifact)) + b"\n")
+    digest = _digest_of_config(artifact)
     for _, tensor, chunks in artifact.read_chunks():
-        digest.update(canonical_json([tensor.name, tensor.dtype, list(tensor.shape)]) + b"\n")
+        digest.update(_head(tensor))
         for chunk in chunks:
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_verified(
+    artifact: AdapterArtifact, expected: str
+) -> Iterator[tuple[LoraModule, TensorInfo, Array]]:
+    """Yield every tensor as stored, and see at the end that they had the expected weights digest.
+
+    What was yielded may be used only after the last one.
+    Raises: ArtifactError: as `weights_digest`, or they have another digest.
+    Cost: reads every tensor once.
+    """
+    digest = _digest_of_config(artifact)
+    with open_tensors(artifact.weights_path) as file:
+        for module, tensor in artifact.tensors:
+            array = file.read(tensor)
+            digest.update(_head(tensor))
+            digest.update(array.reshape(-1).view(np.uint8).data)
+            yield module, tensor, array
+    if digest.hexdigest() != expected:
+        raise ArtifactError(f"{artifact.folder}: {CHANGED}")
+
+
+def _digest_of_config(artifact: AdapterArtifact) -> "hashlib._Hash":
+    digest = hashlib.sha256(b"rora-weights-1\n")
+    digest.update(canonical_json(_weight_bearing(artifact)) + b"\n")
+    return digest
+
+
+def _head(tensor: TensorInfo) -> bytes:
+    return canonical_json([tensor.name, tensor.dtype, list(tensor.shape)]) + b"\n"
 
 
 def version_digest(weights: str, folder: Path) -> str:

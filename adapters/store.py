@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from adapters.artifact import AdapterArtifact, read_folder
-from adapters.digest import version_digest, weights_digest
+from adapters.digest import CHANGED, version_digest, weights_digest
 from adapters.errors import AdapterNotFoundError, ArtifactError, RoraError, StoreError
 from adapters.name_files import NameFiles
 from adapters.names import (
@@ -374,9 +374,7 @@ def verify(resolved: ResolvedVersion) -> None:
     Cost: reads every tensor once.
     """
     if digests_of(resolved.folder) != (resolved.version.weights_digest, resolved.version.digest):
-        raise ArtifactError(
-            f"{resolved.folder}: differs from what was stored; add the adapter again"
-        )
+        raise ArtifactError(f"{resolved.folder}: {CHANGED}")
 
 
 def _checked(incoming: Path, given: Path) -> AdapterArtifact:
