@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import CliImplicitFlag
 
 
 class ServeConfig(BaseModel):
@@ -17,3 +18,10 @@ class ServeConfig(BaseModel):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     max_num_seqs: int = Field(64, ge=1, description="requests in one engine step at most")
+    adapter_memory_bytes: int | None = Field(
+        None, ge=1, description="memory for adapters; none: a quarter of what is free at the start"
+    )
+    compile: CliImplicitFlag[bool] = Field(
+        default=False,
+        description="compile the model on CPUs: faster steps, minutes at the first start",
+    )

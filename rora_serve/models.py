@@ -1,25 +1,26 @@
 """Which adapter a request's `model` means, as the engine knows it.
 
-Owns the map from weights digests to vLLM's integer ids and the loading of each adapter once. Knows
-neither HTTP nor vLLM's classes, so that all of it can be tested without an engine.
+Owns the map from weights digests to vLLM's integer ids, the check of each version and the leases of
+requests. Knows neither HTTP nor vLLM's classes, so that all of it can be tested without an engine.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from adapters import AdapterStore, ResolvedVersion
-from adapters.digest import base_claim, read_chat_template
+from adapters.digest import CHANGED, base_claim, read_chat_template, version_digest
 from adapters.errors import AdapterMismatchError, AdapterNameError, ArtifactError, StoreError
 from adapters.objects import Lease
-from adapters.store import verify
+from rora_serve.host_tier import HostTier
 
 logger = logging.getLogger(__name__)
 
-# (lora_int_id, folder) -> {"num_bytes": n} or {"error": text}, from the worker.
-LoadInEngine = Callable[[int, str], Awaitable[dict[str, object]]]
+# A request whose client hung up keeps its adapter this long; vLLM takes milliseconds to give it up.
+_ABORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -87,27 +88,46 @@ def check_names(base_names: Sequence[str], store: AdapterStore) -> None:
             )
 
 
+class AdapterEngine(Protocol):
+    """What the directory asks of the engine."""
+
+    async def load(self, lora_int_id: int, resolved: ResolvedVersion) -> int:
+        """Bring a version's weights in. Returns: bytes that they take.
+
+        Raises: RoraError: they can not be served; the engine is as before.
+        """
+        ...
+
+    async def drop(self, lora_int_id: int) -> None:
+        """Take weights out that no request needs, and free their memory."""
+        ...
+
+
 class ModelDirectory:
     """Resolves `model` against base names and the store, and loads adapters on first use.
 
     Args:
         base: the base model that runs.
         store: where adapters lie.
-        load_in_engine: asks the worker to load an adapter.
+        engine: which loads them.
+        capacity: bytes that adapters may take in the engine.
     """
 
-    def __init__(self, base: ServedBase, store: AdapterStore, load_in_engine: LoadInEngine) -> None:
+    def __init__(
+        self, base: ServedBase, store: AdapterStore, engine: AdapterEngine, *, capacity: int
+    ) -> None:
         self.base_names = base.names
         self.store = store
         self._base = base
-        self._load_in_engine = load_in_engine
+        self._engine = engine
+        self._tier = HostTier(capacity, self._drop)
         self._ids: dict[str, int] = {}
-        self._loads: dict[str, asyncio.Task[None]] = {}
-        # Of the versions that fit, by digest; None where the store can not be written.
-        self._leases: dict[str, Lease | None] = {}
+        # Versions that were checked, by digest, each with its lease; it is None where the store can
+        # not be written. They go with their weights.
+        self._admitted: dict[str, tuple[ResolvedVersion, Lease | None]] = {}
 
     async def open(self, model: str) -> ServedAdapter | None:
-        """Return the adapter that `model` means, loaded in the engine; None is the base model.
+        """Return the adapter that `model` means, in the engine until `close`; None is the base.
 
         Requests that come while it loads wait for the same load.
 
@@ -121,20 +141,48 @@ class ModelDirectory:
         resolved = await asyncio.to_thread(self.store.resolve, model)
         weights = resolved.version.weights_digest
         served = ServedAdapter(model, resolved, self._ids.setdefault(weights, len(self._ids) + 1))
-        # Of each version: two of them may share weights and differ in their templates.
-        digest = resolved.version.digest
-        if digest not in self._leases:
-            await asyncio.to_thread(self._admit, resolved)
-        load = self._loads.get(weights)
-        if load is None:
-            load = asyncio.create_task(self._load(served))
-            self._loads[weights] = load
-        # One client that hangs up must not cancel the load that others wait for.
-        await asyncio.shield(load)
+        try:
+            await self._admit(resolved)
+            await self._tier.lease(
+                weights,
+                resolved.version.num_bytes,
+                lambda: self._engine.load(served.lora_int_id, resolved),
+            )
+        except BaseException as error:
+            await self._dismiss_unused(weights)
+            if isinstance(error, ArtifactError):
+                reason = _without_place(str(error), resolved.folder)
+                raise AdapterMismatchError(f"{resolved.public_id}: {reason}") from error
+            raise
         return served
 
-    def _admit(self, resolved: ResolvedVersion) -> None:
-        """Check a version, and keep it from garbage collection while this process runs."""
+    def close(self, served: ServedAdapter, *, was_answered: bool) -> None:
+        """End what `open` began.
+
+        Args: was_answered: whether the request came to its end. vLLM gives up one that did not in
+            its own time, and may put it into another step before it does.
+        """
+        weights = served.resolved.version.weights_digest
+        if was_answered:
+            self._tier.release(weights)
+        else:
+            asyncio.get_running_loop().call_later(_ABORT_SECONDS, self._tier.release, weights)
+
+    async def _admit(self, resolved: ResolvedVersion) -> None:
+        """Check a version once, and keep it from garbage collection while its weights are here.
+
+        Two versions may share weights and differ in what is checked here.
+        """
+        digest = resolved.version.digest
+        if digest in self._admitted:
+            return
+        lease = await asyncio.to_thread(self._checked, resolved)
+        if digest not in self._admitted:
+            self._admitted[digest] = (resolved, lease)
+        elif lease is not None:  # two first requests at once
+            lease.release()
+
+    def _checked(self, resolved: ResolvedVersion) -> Lease | None:
         lease = self._lease(resolved)
         try:
             self._check_version(resolved)
@@ -142,9 +190,7 @@ class ModelDirectory:
             if lease is not None:
                 lease.release()
             raise
-        known = self._leases.setdefault(resolved.version.digest, lease)
-        if known is not lease and lease is not None:  # two first requests at once
-            lease.release()
+        return lease
 
     def _lease(self, resolved: ResolvedVersion) -> Lease | None:
         try:
@@ -155,28 +201,31 @@ class ModelDirectory:
             return None
 
     def _check_version(self, resolved: ResolvedVersion) -> None:
-        """Refuse a version that is for something else, or is no longer what was stored."""
-        try:
-            reason = self._base.mismatch(resolved.folder)
-            if reason is None:
-                verify(resolved)
-        except ArtifactError as error:
-            reason = _without_place(str(error), resolved.folder)
-        if reason is not None:
-            raise AdapterMismatchError(f"{resolved.public_id}: {reason}")
+        """Refuse a version that is for another base, or whose small files are not what was stored.
 
-    async def _load(self, served: ServedAdapter) -> None:
-        weights = served.engine_name
-        folder = served.resolved.folder
-        try:
-            outcome = await self._load_in_engine(served.lora_int_id, served.folder)
-        except BaseException:
-            del self._loads[weights]  # the next request tries again
-            raise
-        if "error" in outcome:
-            del self._loads[weights]
-            reason = _without_place(str(outcome["error"]), folder)
-            raise AdapterMismatchError(f"{served.resolved.public_id}: {reason}")
+        Its weights are checked when they are loaded.
+        """
+        version, folder = resolved.version, resolved.folder
+        reason = self._base.mismatch(folder)
+        if reason is not None:
+            raise AdapterMismatchError(reason)
+        if version_digest(version.weights_digest, folder) != version.digest:
+            raise ArtifactError(f"{folder}: {CHANGED}")
+
+    async def _drop(self, keys: list[str]) -> None:
+        for weights in keys:
+            await self._engine.drop(self._ids[weights])
+            await self._dismiss_unused(weights)
+
+    async def _dismiss_unused(self, weights: str) -> None:
+        """Let go of the versions of weights that the engine does not hold."""
+        if self._tier.holds(weights):
+            return
+        for digest, (resolved, lease) in list(self._admitted.items()):
+            if resolved.version.weights_digest == weights:
+                del self._admitted[digest]
+                if lease is not None:
+                    await asyncio.to_thread(lease.release)
 
 
 def _without_place(text: str, folder: Path) -> str:

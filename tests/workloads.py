@@ -92,3 +92,9 @@ def chat(question: str, completion: str, /, **more: object) -> dict[str, object]
         {"role": "assistant", "content": completion},
     ]
     return {"messages": messages, **more}
+
+
+def set_alpha(folder: Path, alpha: float) -> None:
+    """Let an adapter have another lora_alpha, and so other weights to whoever serves it."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": alpha}))

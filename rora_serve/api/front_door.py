@@ -87,9 +87,9 @@ class FrontDoor:
             return
         model = _requested_model(body)
         adapter = None
+        directory: ModelDirectory = getattr(scope["app"].state, DIRECTORY_STATE)
         if model is not None:
             try:
-                directory: ModelDirectory = getattr(scope["app"].state, DIRECTORY_STATE)
                 adapter = await directory.open(model)
             except RoraError as error:
                 logger.info("%s %s: %s", scope["method"], scope["path"], error)
@@ -99,13 +99,18 @@ class FrontDoor:
                 logger.exception("%s %s: opening %.100r", scope["method"], scope["path"], model)
                 await _respond(send, internal_error())
                 return
+        if adapter is None:
+            await self._app(scope, _replay(body, receive), send)
+            return
+        exchange = _Exchange(_replay(body, receive), send, adapter)
         # Each request is its own task or comes after the last one of its connection; reset for the
         # latter.
         token = current_adapter.set(adapter)
         try:
-            await self._app(scope, _replay(body, receive), _with_adapter_header(send, adapter))
+            await self._app(scope, exchange.receive, exchange.send)
         finally:
             current_adapter.reset(token)
+            directory.close(adapter, was_answered=exchange.is_answered)
 
 
 def _is_plain(path: str) -> bool:
@@ -152,17 +157,33 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _with_adapter_header(send: Send, adapter: ServedAdapter | None) -> Send:
-    if adapter is None:
-        return send
+class _Exchange:
+    """A request with an adapter: names it in the answer, and notes whether that came to its end."""
 
-    async def send_with_header(message: Message) -> None:
+    def __init__(self, receive: Receive, send: Send, adapter: ServedAdapter) -> None:
+        self._receive = receive
+        self._send = send
+        self._header = (ADAPTER_HEADER, adapter.resolved.public_id.encode())
+        self._is_whole = False
+        self._hung_up = False
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all of the answer was sent before the client hung up."""
+        return self._is_whole and not self._hung_up
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._is_whole:
+            self._hung_up = True
+        return message
+
+    async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            header = (ADAPTER_HEADER, adapter.resolved.public_id.encode())
-            message = {**message, "headers": [*message.get("headers", ()), header]}
-        await send(message)
-
-    return send_with_header
+            message = {**message, "headers": [*message.get("headers", ()), self._header]}
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._is_whole = True
 
 
 async def _respond(send: Send, response: ErrorResponse) -> None:

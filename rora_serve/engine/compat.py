@@ -4,12 +4,19 @@ tests/rora_serve/test_compat.py fails when one of them moves.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import vllm
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
+from adapters.artifact import Kind
 from adapters.errors import EngineSeamError
 
 TESTED_VERSIONS = ("0.32.",)
@@ -39,6 +46,69 @@ def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], 
         return model
 
     model_runner.load_lora_model = load_lora_model
+
+
+# Layers whose weight vLLM multiplies into another one, past their own forward (multi-head latent
+# attention), so that nothing could be added to what they return.
+_ABSORBED = frozenset({"kv_b_proj"})
+
+
+@dataclass(frozen=True)
+class BaseLayer:
+    """A layer of the base model that adapters can change.
+
+    Args:
+        name: path in vLLM's model.
+        module: what computes it; of the output head, the logits processor.
+        kind: of layer.
+        in_features: of a linear layer; of an embedding, its vocabulary.
+        parts: per module path, its first output column and its number of output columns.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    in_features: int
+    parts: Mapping[str, tuple[int, int]]
+
+
+def base_layers(model: nn.Module) -> list[BaseLayer]:
+    """Return every linear layer and embedding of a model, and its output head.
+
+    The head of a model with tied weights is a layer of its own here, as it is to PEFT.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase) and name.rpartition(".")[2] not in _ABSORBED:
+            parts = linear_parts(name, module, model)
+            found.append(BaseLayer(name, module, "linear", module.input_size, parts))
+        elif isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            parts = {name: (0, module.embedding_dim)}
+            found.append(BaseLayer(name, module, "embedding", module.org_vocab_size, parts))
+        elif isinstance(module, LogitsProcessor):
+            parent, dot, _ = name.rpartition(".")
+            head = getattr(model.get_submodule(parent), "lm_head", None)
+            if isinstance(head, VocabParallelEmbedding):
+                path = f"{parent}{dot}lm_head"
+                parts = {path: (0, head.org_vocab_size)}
+                found.append(BaseLayer(path, module, "linear", head.embedding_dim, parts))
+    return found
+
+
+def wrap_head(processor: LogitsProcessor, hook: Callable[[Tensor, Tensor], None]) -> None:
+    """Let `hook` see hidden states and logits before the processor caps and scales them.
+
+    vLLM applies the head's weight by itself, not through the head's forward.
+    """
+    wrapped: Any = processor
+    apply_head = wrapped._apply_head
+
+    def apply_and_hook(lm_head: nn.Module, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        logits: Tensor = apply_head(lm_head, hidden, bias)
+        hook(hidden, logits)
+        return logits
+
+    wrapped._apply_head = apply_and_hook
 
 
 def linear_parts(name: str, layer: LinearBase, model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -1,89 +1,59 @@
-"""Reading an adapter folder into the factors that layers use."""
+"""Laying an adapter's folder out as a slot, proved to be the adapter that its digest names."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import mmap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from adapters import LoraModule, open_artifact
-from adapters.errors import AdapterMismatchError
-from adapters.limits import MAX_LORA_RANK
-from adapters.tensors import Array
-from adapters.validation import checked_tensors
-from rora_serve.engine.ragged_layers import Factors
+from adapters import AdapterArtifact, open_artifact
+from adapters.digest import read_verified
+from rora_serve.engine.slots import Element, Site, Slot, SlotLayout, new_memory
 
 
-@dataclass(frozen=True)
-class Target:
-    """A place in the running model that an adapter's module can match.
-
-    Args:
-        layer: name of vLLM's layer.
-        start: first output column of the module in that layer.
-        in_features, out_features: of the module.
-    """
-
-    layer: str
-    start: int
-    in_features: int
-    out_features: int
-
-
-def load_factors(
-    folder: Path, targets: Mapping[str, Target], *, rename: Callable[[str], str]
-) -> dict[str, tuple[Factors, ...]]:
-    """Read an adapter and lay it out by layer.
+def lay_out(
+    artifact: AdapterArtifact,
+    sites: dict[str, Site | None],
+    *,
+    weights_digest: str,
+    num_layers: int,
+    num_parts: int,
+) -> tuple[mmap.mmap, Element]:
+    """Read an adapter and return its slot's memory, and the dtype of the numbers in it.
 
     Args:
-        folder: an adapter folder.
-        targets: by vLLM's path of a module.
-        rename: from the Hugging Face model's path of a module to vLLM's.
-    Returns: the factors of each layer that the adapter touches.
+        artifact: the adapter.
+        sites: of its modules in the running model.
+        weights_digest: what it has to be.
+        num_layers, num_parts: of the running model.
 
     Raises:
-        ArtifactError: the folder breaks the format, or its numbers could not be served.
-        AdapterMismatchError: a module that the running model lacks or whose sizes differ, or a rank
-            above 512; all are named, and nothing is loaded.
+        ArtifactError: the file is another than the digest's, or changed while it was read.
+        AdapterMismatchError: it does not fit the model.
     Cost: reads the adapter once.
     """
+    layout = SlotLayout(artifact.modules, sites, num_layers=num_layers, num_parts=num_parts)
+    memory = new_memory(layout.num_bytes)
+    layout.fill(read_verified(artifact, weights_digest), np.frombuffer(memory, np.uint8))
+    return memory, layout.element
+
+
+def read_slot(
+    folder: Path,
+    find_site: Callable[[str], Site | None],
+    *,
+    weights_digest: str,
+    num_layers: int,
+    num_parts: int,
+) -> Slot:
+    """Return an adapter's slot. Raises and cost: as `lay_out`."""
     artifact = open_artifact(folder)
-    renamed = {name: rename(name) for name in artifact.modules}
-    problems = [
-        problem
-        for name, module in artifact.modules.items()
-        if (problem := _mismatch(module, targets.get(renamed[name]))) is not None
-    ]
-    if problems:
-        shown = "; ".join(problems[:5])
-        more = f"; and {len(problems) - 5} more modules" if len(problems) > 5 else ""
-        raise AdapterMismatchError(f"the adapter does not fit the base model: {shown}{more}")
-    by_layer: dict[str, list[Factors]] = {}
-    for module, lora_a, lora_b in checked_tensors(artifact):
-        target = targets[renamed[module.name]]
-        factors = Factors(_to_torch(lora_a), _to_torch(lora_b), module.scaling, target.start)
-        by_layer.setdefault(target.layer, []).append(factors)
-    return {layer: tuple(factors) for layer, factors in by_layer.items()}
-
-
-def _mismatch(module: LoraModule, target: Target | None) -> str | None:
-    if module.kind == "embedding":
-        return f"{module.name}: adapters of embeddings are not served yet"
-    if target is None:
-        return f"{module.name}: the base model has no such linear layer"
-    if (module.in_features, module.out_features) != (target.in_features, target.out_features):
-        return (
-            f"{module.name}: the adapter is for [{module.out_features}, {module.in_features}], the "
-            f"base model has [{target.out_features}, {target.in_features}]"
-        )
-    if module.rank > MAX_LORA_RANK:
-        return f"{module.name}: rank {module.rank}, at most {MAX_LORA_RANK} is served"
-    return None
-
-
-def _to_torch(array: Array) -> Tensor:
-    if array.dtype.name == "bfloat16":  # ml_dtypes' type, which torch does not know
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    sites = {name: find_site(name) for name in artifact.modules}
+    memory, element = lay_out(
+        artifact,
+        sites,
+        weights_digest=weights_digest,
+        num_layers=num_layers,
+        num_parts=num_parts,
+    )
+    return Slot(memory, element=element, num_layers=num_layers, num_parts=num_parts)

@@ -1,82 +1,146 @@
 """RaggedLoraManager: which adapters the worker holds, and the layers that apply them.
 
 It stands where vLLM's LRUCacheWorkerLoRAManager stands in the model runner and has the methods that
-the runner calls. A slot is the host copy itself: there is no second one, and an unused slot costs
-nothing.
+the runner calls. Adapters come from the loader, in slots that are ready to be read, and go when the
+host tier says so; the engine's loop reads no file.
 """
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.layers.linear import LinearBase
 
 from adapters.errors import EngineSeamError
-from rora_serve.engine.compat import linear_parts, vllm_module_name
-from rora_serve.engine.loading import Target, load_factors
-from rora_serve.engine.ragged_batch import RaggedBatch
+from rora_serve.engine.compat import base_layers, vllm_module_name
+from rora_serve.engine.hooks import hook_layers
+from rora_serve.engine.loading import read_slot
+from rora_serve.engine.ragged_batch import Groups, RaggedBatch
 from rora_serve.engine.ragged_layers import RaggedLayer
+from rora_serve.engine.slots import Site, Slot
+
+logger = logging.getLogger(__name__)
+
+_KNOWN_NAMES = 65_536  # of modules whose place is remembered
 
 
 class RaggedLoraManager:
-    """Holds adapters on the host and points every layer at the rows of each step.
+    """Holds slots on the host and points every layer at the rows of each step.
 
-    Args: model: vLLM's base model; a hook is hung on each of its linear layers.
+    Args: model: vLLM's base model; a hook is hung on each of its layers that an adapter can change.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        num_threads = torch.get_num_threads()
+        # The threads that torch computes with, bound as vLLM bound them: torch's OpenMP library is
+        # loaded before any other.
+        os.environ["NUMBA_NUM_THREADS"] = str(num_threads)
+        os.environ["NUMBA_THREADING_LAYER"] = "omp"
+        # numba must come after vLLM has registered its own kernels, which it has by now.
+        from rora_serve.engine import kernels  # noqa: PLC0415
+
         self._model = model
-        self._batch = RaggedBatch()
-        self._layers: dict[str, RaggedLayer] = {}
-        self._targets: dict[str, Target] = {}
-        self._num_bytes: dict[int, int] = {}
+        self._slots: dict[int, Slot] = {}
         self._warming_up: set[int] = set()
-        for name, layer in model.named_modules():
-            if not isinstance(layer, LinearBase):
-                continue
-            self._layers[name] = RaggedLayer(name, layer, self._batch)
-            for module, (start, size) in linear_parts(name, layer, model).items():
-                self._targets[module] = Target(name, start, layer.input_size, size)
+        scratch = kernels.new_scratch(num_threads)
+        layers = base_layers(model)
+        self._sites = {
+            module: Site(index, part, base.kind, base.in_features, size)
+            for index, base in enumerate(layers)
+            for part, (module, (_, size)) in enumerate(base.parts.items())
+        }
+        self._layers = [
+            RaggedLayer(
+                base.name,
+                index,
+                base.kind,
+                in_features=base.in_features,
+                parts=tuple(base.parts.values()),
+                kernels=kernels,
+                scratch=scratch,
+            )
+            for index, base in enumerate(layers)
+        ]
+        self.num_parts = max((len(base.parts) for base in layers), default=1)
+        self._batch = RaggedBatch(len(layers))
+        self.site = lru_cache(maxsize=_KNOWN_NAMES)(self._find_site)
+        hook_layers(layers, self._add_deltas)
 
     @property
     def num_layers(self) -> int:
-        """Linear layers of the base model that adapters can change."""
+        """Layers of the base model that adapters can change."""
         return len(self._layers)
 
-    def load(self, lora_int_id: int, folder: Path) -> int:
-        """Read an adapter and make it usable in the next step; again is nothing.
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(slot.num_bytes for slot in list(self._slots.values()))
 
-        Returns: its bytes on the host.
-        Raises: ArtifactError, AdapterMismatchError: as in `load_factors`; the engine is as before.
-        Cost: reads the adapter once.
+    def publish(self, lora_int_id: int, slot: Slot) -> None:
+        """Let the next step use an adapter; from any thread.
+
+        No step reads a slot that was not there when it began, so that nothing has to wait.
         """
-        if lora_int_id not in self._num_bytes:
-            factors = load_factors(
-                folder, self._targets, rename=lambda name: vllm_module_name(name, self._model)
-            )
-            for layer, of_layer in factors.items():
-                self._layers[layer].slots[lora_int_id] = of_layer
-            self._num_bytes[lora_int_id] = sum(
-                pair.num_bytes for of_layer in factors.values() for pair in of_layer
-            )
-        return self._num_bytes[lora_int_id]
+        self._slots[lora_int_id] = slot
+
+    def _find_site(self, module: str) -> Site | None:
+        return self._sites.get(vllm_module_name(module, self._model))
+
+    def _add_deltas(self, x: Tensor, y: Tensor, index: int, *, is_head: bool) -> None:
+        layer = self._layers[index]
+        layer.add_deltas(x, y, self._groups_of_head(x) if is_head else self._batch.tokens)
+
+    def _groups_of_head(self, hidden: Tensor) -> Groups:
+        """Return the rows of which logits are wanted: those that are sampled, or a prompt's own.
+
+        vLLM takes the former out of the step's rows, into a tensor of their own, and the latter as
+        a view of some of them.
+        """
+        num_rows = hidden.shape[0]
+        row_bytes = hidden.stride(0) * hidden.element_size()
+        if hidden.untyped_storage().nbytes() == num_rows * row_bytes:
+            if num_rows == self._batch.samples.num_rows:
+                return self._batch.samples
+            if num_rows != self._batch.tokens.num_rows:
+                raise EngineSeamError(
+                    f"lm_head: {num_rows} rows for {self._batch.samples.num_rows} samples; this "
+                    "model's head is not served yet"
+                )
+        first = hidden.storage_offset() // hidden.stride(0)
+        return self._batch.tokens_between(first, first + num_rows)
 
     # What the model runner calls, by vLLM's names.
 
     def set_active_adapters(self, requests: set[LoRARequest], mapping: Any) -> None:
-        """Group the next step's rows; every adapter in it must be loaded already.
+        """Group the next step's rows.
 
-        Args: mapping: vLLM's LoRAMapping; its index_mapping is the adapter of each row.
+        Args: mapping: vLLM's LoRAMapping; its index_mapping is the adapter of each row, its
+            prompt_mapping that of each row of logits.
         """
-        usable = self._num_bytes.keys() | self._warming_up
-        missing = sorted(r.lora_name for r in requests if r.lora_int_id not in usable)
-        if missing:
-            # The front door loads an adapter before it lets its first request in.
-            raise EngineSeamError(f"a step asks for adapters that are not loaded: {missing}")
-        self._batch.set_rows(mapping.index_mapping)
+        for request in requests:
+            if request.lora_int_id not in self._slots.keys() | self._warming_up:
+                self._read_now(request)
+        self._batch.set_rows(mapping.index_mapping, mapping.prompt_mapping, self._slots)
+
+    def _read_now(self, request: LoRARequest) -> None:
+        """Read an adapter that a step needs and nobody holds, which leases are there to prevent.
+
+        Everybody waits for it; the other choice would be to stop the engine.
+        """
+        logger.error("adapter %s is read within a step: its lease was broken", request.lora_name)
+        self._slots[request.lora_int_id] = read_slot(
+            Path(request.lora_path),
+            self.site,
+            weights_digest=request.lora_name,
+            num_layers=self.num_layers,
+            num_parts=self.num_parts,
+        )
 
     def add_adapter(self, request: LoRARequest) -> bool:
         """Refuse vLLM's own way of loading, whose ids are not ours."""
@@ -84,22 +148,22 @@ class RaggedLoraManager:
 
     def remove_adapter(self, lora_int_id: int) -> bool:
         """Drop an adapter and free its memory."""
-        for layer in self._layers.values():
-            layer.slots.pop(lora_int_id, None)
-        return self._num_bytes.pop(lora_int_id, None) is not None
+        slot = self._slots.pop(lora_int_id, None)
+        self._batch.clear()
+        return slot is not None
 
     def remove_all_adapters(self) -> None:
         """Drop every adapter."""
-        for lora_int_id in list(self._num_bytes):
-            self.remove_adapter(lora_int_id)
+        self._slots.clear()
+        self._batch.clear()
 
     def list_adapters(self) -> set[int]:
         """Return the ids of what is loaded."""
-        return set(self._num_bytes)
+        return set(self._slots)
 
     def pin_adapter(self, lora_int_id: int) -> bool:
-        """Nothing is evicted yet, so whatever is loaded stays."""
-        return lora_int_id in self._num_bytes
+        """Nothing is evicted here; the host tier in front of the engine pins."""
+        return lora_int_id in self._slots
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:

@@ -21,13 +21,19 @@ class RoraCpuPlatform(CpuPlatform):
 
         Raises: ConfigError: an option that our layers do not serve.
         """
-        super().check_and_update_config(vllm_config)
-        if vllm_config.lora_config is None:
+        # vLLM would switch compilation off beside its own adapter layers; ours can be compiled.
+        lora_config, vllm_config.lora_config = vllm_config.lora_config, None
+        try:
+            super().check_and_update_config(vllm_config)
+        finally:
+            vllm_config.lora_config = lora_config
+        if lora_config is None:
             return
         parallel = vllm_config.parallel_config
         for option, size in (
             ("--tensor-parallel-size", parallel.tensor_parallel_size),
             ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
+            ("--data-parallel-size", parallel.data_parallel_size),
         ):
             if size > 1:
                 raise ConfigError(

@@ -48,9 +48,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: Sequence[str], port: int, log: Path) -> Iterator[Server]:
-    """Start `command`, wait until it answers, stop it by SIGTERM at the end."""
+def running(
+    command: Sequence[str], port: int, log: Path, *, cores: str | None = None
+) -> Iterator[Server]:
+    """Start `command`, wait until it answers, stop it by SIGTERM at the end.
+
+    Args: cores: that vLLM computes on, if not those that it or rora-serve would choose.
+    """
     environment = {name: value for name, value in os.environ.items() if name != SEAM_FLAG}
+    if cores is not None:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
@@ -70,10 +77,22 @@ def running(command: Sequence[str], port: int, log: Path) -> Iterator[Server]:
             raise
 
 
-def our_command(store: Path, port: int) -> list[str]:
+def our_command(
+    store: Path, port: int, more: Sequence[str] = (), *, vllm_options: Sequence[str] = ()
+) -> list[str]:
     """The command of a rora-serve with the default model."""
     own = ["--store", str(store), "--port", str(port), "--max-num-seqs", "32"]
-    return [_script("rora-serve"), *own, "--", *ENGINE_OPTIONS]
+    return [_script("rora-serve"), *own, *more, "--", *ENGINE_OPTIONS, *vllm_options]
+
+
+def base_command(model: Path, port: int, more: Sequence[str], *, eager: bool) -> list[str]:
+    """The command of vLLM's own server without LoRA."""
+    return [
+        sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(model),
+        "--served-model-name", "smollm2-135m-instruct", "--host", "127.0.0.1", "--port", str(port),
+        *ENGINE_OPTIONS, "--kv-cache-memory-bytes", "2000000000", *more,
+        *(["--enforce-eager"] if eager else []),
+    ]  # fmt: skip
 
 
 def stock_command(model: Path, adapters: dict[str, Path], port: int, modules: str) -> list[str]:

@@ -7,9 +7,11 @@ import pytest
 from torch import nn
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from adapters.errors import EngineSeamError
@@ -54,6 +56,28 @@ def test_handlers_look_adapters_up_in_the_mapping_that_we_replace() -> None:
 def test_the_platform_sets_a_worker_class() -> None:
     assert "parallel_config.worker_cls" in inspect.getsource(CpuPlatform.check_and_update_config)
     assert hasattr(CPUWorker, "init_device")
+
+
+def test_the_platform_looks_at_lora_for_nothing_but_compilation() -> None:
+    """So that ours can hide it while vLLM's decides."""
+    source = inspect.getsource(CpuPlatform)
+    assert source.count("lora_config") == 1
+    after = source.partition("if vllm_config.lora_config is not None:")[2]
+    assert after.split()[:3] == ["compilation_config.mode", "=", "CompilationMode.NONE"]
+
+
+def test_logits_are_computed_by_the_method_that_we_wrap() -> None:
+    for method in (LogitsProcessor._get_logits, LogitsProcessor.get_top_tokens):
+        assert "self._apply_head(lm_head, hidden_states, embedding_bias)" in inspect.getsource(
+            method
+        )
+
+
+def test_rows_of_logits_are_a_copy_of_samples_or_a_view_of_a_prompt() -> None:
+    """By which the manager tells them apart."""
+    source = inspect.getsource(GPUModelRunner)
+    assert "sample_hidden_states = hidden_states[logits_indices]" in source
+    assert "prompt_hidden_states = hidden_states[offset : offset + num_logits]" in source
 
 
 @pytest.mark.parametrize(("flag", "expected"), [("1", True), ("0", False), (None, False)])

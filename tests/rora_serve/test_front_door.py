@@ -10,7 +10,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 
-from adapters import AdapterStore
+from adapters import AdapterStore, ResolvedVersion
+from adapters.errors import AdapterMismatchError
 from rora_serve.api.front_door import DIRECTORY_STATE, MAX_BODY_BYTES, FrontDoor, current_adapter
 from rora_serve.api.routes import make_router
 from rora_serve.models import ModelDirectory, ServedBase
@@ -48,14 +49,21 @@ def client(store: AdapterStore) -> Iterator[TestClient]:
     app.add_api_route("/invocations", see, methods=["POST"])
     app.add_api_route("/health", see, methods=["GET"])
 
-    async def load(lora_int_id: int, folder: str) -> dict[str, object]:
-        if refuse == ["crash"]:
-            raise RuntimeError("lost the engine")
-        return {"error": "no such layer"} if refuse else {"num_bytes": lora_int_id * len(folder)}
+    class Engine:
+        async def load(self, _: int, resolved: ResolvedVersion) -> int:
+            if refuse == ["crash"]:
+                raise RuntimeError("lost the engine")
+            if refuse:
+                raise AdapterMismatchError("no such layer")
+            return resolved.version.num_bytes
+
+        async def drop(self, lora_int_id: int) -> None:
+            raise AssertionError(f"nothing has to go, {lora_int_id} neither")
 
     refuse: list[str] = []
     dead: list[bool] = []
-    directory = ModelDirectory(ServedBase(("base",), "", None), store, load)
+    base = ServedBase(("base",), "", None)
+    directory = ModelDirectory(base, store, Engine(), capacity=1_000_000)
     router = make_router(directory, started=7, is_alive=lambda: not dead)
     app.router.routes[:0] = router.routes
     app.add_middleware(FrontDoor)

@@ -1,19 +1,51 @@
+"""What a folder holds is what its slot holds, by whichever way it gets there."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import psutil
 import pytest
-import torch
 
-from adapters import AdapterConfig, open_artifact, write_artifact
-from adapters.errors import AdapterMismatchError
-from rora_serve.engine.loading import Target, load_factors
+from adapters import AdapterConfig, AdapterStore, ResolvedVersion, open_artifact, write_artifact
+from adapters.digest import weights_digest
+from adapters.errors import AdapterMismatchError, ArtifactError, EngineSeamError, StoreError
+from adapters.tensors import Array
+from rora_serve.engine.handover import hand_over, receive_slots
+from rora_serve.engine.loading import lay_out, read_slot
+from rora_serve.engine.slots import Element, Site, Slot
+from rora_serve.loader import Loader
 
-TARGETS = {
-    "m.q": Target("m.qkv", 0, 6, 8),
-    "m.v": Target("m.qkv", 12, 6, 4),
-    "m.o": Target("m.o", 0, 8, 6),
+SITES: dict[str, Site | None] = {
+    "m.q": Site(0, 0, "linear", 6, 8),
+    "m.v": Site(0, 2, "linear", 6, 4),
+    "m.o": Site(2, 0, "linear", 8, 6),
+    "m.e": Site(3, 0, "embedding", 20, 6),
 }
+NUM_LAYERS, NUM_PARTS = 4, 3
+
+
+class Holder:
+    """Stands for the worker's manager."""
+
+    num_layers, num_parts = NUM_LAYERS, NUM_PARTS
+
+    def __init__(self) -> None:
+        self.slots: dict[int, Slot] = {}
+
+    @property
+    def site(self) -> Callable[[str], Site | None]:
+        return SITES.get
+
+    def publish(self, lora_int_id: int, slot: Slot) -> None:
+        self.slots[lora_int_id] = slot
 
 
 def make(folder: Path, factors: dict[str, tuple[int, int, int]], dtype: object = "f4") -> Path:
@@ -34,30 +66,60 @@ def make(folder: Path, factors: dict[str, tuple[int, int, int]], dtype: object =
     return folder
 
 
+def read(folder: Path) -> Slot:
+    return read_slot(
+        folder,
+        SITES.get,
+        weights_digest=weights_digest(open_artifact(folder)),
+        num_layers=NUM_LAYERS,
+        num_parts=NUM_PARTS,
+    )
+
+
+def block(slot: Slot, layer: int, count: int) -> Array:
+    dtypes = {Element.F32: "f4", Element.F16: "f2", Element.BF16: ml_dtypes.bfloat16}
+    dtype = np.dtype(dtypes[slot.element])
+    return np.frombuffer(slot.memory, dtype, count, int(slot.offsets[layer]))
+
+
 @pytest.mark.parametrize(
-    ("dtype", "wanted"),
-    [("f4", torch.float32), ("f2", torch.float16), (ml_dtypes.bfloat16, torch.bfloat16)],
+    ("dtype", "element"),
+    [("f4", Element.F32), ("f2", Element.F16), (ml_dtypes.bfloat16, Element.BF16)],
 )
-def test_factors_are_what_the_file_holds_unpadded_and_in_their_dtype(
-    tmp_path: Path, dtype: object, wanted: torch.dtype
+def test_a_slot_holds_the_files_numbers_unpadded_and_in_their_dtype(
+    tmp_path: Path, dtype: object, element: Element
 ) -> None:
-    folder = make(tmp_path / "a", {"m.q": (3, 6, 8), "m.v": (1, 6, 4)}, dtype)
-    layers = load_factors(folder, TARGETS, rename=lambda name: name)
-    assert list(layers) == ["m.qkv"]
-    by_start = {factors.start: factors for factors in layers["m.qkv"]}
-    assert by_start[0].lora_a.dtype == wanted
-    assert by_start[0].scaling == 4 / 3**0.5
-    assert by_start[12].lora_b.shape == (4, 1)
-    for module, lora_a, lora_b in open_artifact(folder).read_tensors():
-        factors = by_start[TARGETS[module.name].start]
-        np.testing.assert_array_equal(factors.lora_a.float(), lora_a.astype(np.float32))
-        np.testing.assert_array_equal(factors.lora_b.float(), lora_b.astype(np.float32))
+    folder = make(tmp_path / "a", {"m.v": (1, 6, 4), "m.q": (3, 6, 8)}, dtype)
+    slot = read(folder)
+    assert slot.element is element
+    assert slot.ranks.tolist() == [[3, 0, 1], [0] * 3, [0] * 3, [0] * 3]
+    assert slot.scalings[0].tolist() == [np.float32(4 / 3**0.5), 0, 4]
+    assert (slot.addresses > 0).tolist() == [True, False, False, False]
+    stored = {module.name: (a, b) for module, a, b in open_artifact(folder).read_tensors()}
+    numbers = [stored["m.q"][0], stored["m.v"][0], stored["m.q"][1].T, stored["m.v"][1].T]
+    expected = np.concatenate([array.reshape(-1) for array in numbers])
+    np.testing.assert_array_equal(block(slot, 0, len(expected)), expected)
+    tables = slot.offsets.nbytes + slot.ranks.nbytes + slot.scalings.nbytes
+    assert slot.num_bytes <= tables + 64 + open_artifact(folder).num_bytes
+
+
+def test_factors_of_several_dtypes_are_held_exactly(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    a = generator.normal(size=(2, 6)).astype("f2")
+    b = generator.normal(size=(8, 2)).astype("f4")
+    config = AdapterConfig(2, 2, target_modules=("m.q",))
+    write_artifact(tmp_path / "a", config, {"m.q": (a, b)}, provenance={})
+    slot = read(tmp_path / "a")
+    assert slot.element is Element.F32
+    expected = np.concatenate([a.astype("f4").reshape(-1), b.T.reshape(-1)])
+    np.testing.assert_array_equal(block(slot, 0, len(expected)), expected)
 
 
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
         ({"m.x": (2, 6, 8)}, "m.x: the base model has no such linear layer"),
+        ({"m.e": (2, 20, 6)}, "m.e: the base model has no such linear layer"),
         (
             {"m.q": (2, 6, 9)},
             r"m.q: the adapter is for \[9, 6\], the base model has \[8, 6\]",
@@ -70,12 +132,107 @@ def test_factors_are_what_the_file_holds_unpadded_and_in_their_dtype(
 def test_an_adapter_that_does_not_fit_is_refused_with_all_that_does_not(
     tmp_path: Path, factors: dict[str, tuple[int, int, int]], message: str
 ) -> None:
-    folder = make(tmp_path / "a", factors)
     with pytest.raises(AdapterMismatchError, match=message):
-        load_factors(folder, TARGETS, rename=lambda name: name)
+        read(make(tmp_path / "a", factors))
 
 
-def test_modules_are_found_under_vllms_names(tmp_path: Path) -> None:
-    folder = make(tmp_path / "a", {"hub.o": (2, 8, 6)})
-    layers = load_factors(folder, TARGETS, rename=lambda name: name.replace("hub.", "m."))
-    assert list(layers) == ["m.o"]
+def test_another_file_than_the_digests_is_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", {"m.q": (3, 6, 8)})
+    artifact = open_artifact(folder)
+    digest = weights_digest(artifact)
+    path = folder / "adapter_model.safetensors"
+    whole = path.read_bytes()
+
+    def read_again() -> None:
+        lay_out(artifact, SITES, weights_digest=digest, num_layers=4, num_parts=3)
+
+    for content, message in (
+        (whole[:-4] + b"\0\0\0\0", "differs from what was stored"),
+        (whole[:-1], "ends after"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=message):
+            read_again()
+    path.unlink()
+    with pytest.raises(ArtifactError, match="is gone"):
+        read_again()
+    path.write_bytes(whole)
+    read_again()
+
+
+def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
+    holder = Holder()
+    receive_slots(tmp_path / "socket", holder)
+    folder = make(tmp_path / "a", {"m.v": (1, 6, 4), "m.o": (200, 8, 6)})
+    expected = read(folder)
+    digest = weights_digest(open_artifact(folder))
+    assert hand_over(tmp_path / "socket", 7, folder, digest) == expected.num_bytes
+    assert holder.slots[7].memory[:] == expected.memory[:]
+    with pytest.raises(ArtifactError, match="differs from what was stored"):
+        hand_over(tmp_path / "socket", 8, folder, "0" * 64)
+    misfit = make(tmp_path / "b", {"m.x": (1, 1, 1)})
+    with pytest.raises(AdapterMismatchError, match=r"m\.x"):
+        hand_over(tmp_path / "socket", 8, misfit, weights_digest(open_artifact(misfit)))
+    assert list(holder.slots) == [7]
+    with pytest.raises(EngineSeamError, match="takes no adapters"):
+        hand_over(tmp_path / "nobody", 8, folder, digest)
+
+
+@pytest.fixture
+def resolved(tmp_path: Path) -> ResolvedVersion:
+    return AdapterStore(tmp_path / "store").add(make(tmp_path / "a", {"m.q": (3, 6, 8)}), name="a")
+
+
+def reader_of(pid: int) -> psutil.Process:
+    """The process in which the loader of process `pid` reads."""
+    children = psutil.Process(pid).children()
+    (reader,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return reader
+
+
+def test_the_loader_reads_in_a_process_of_its_own_and_outlives_its_death(
+    tmp_path: Path, resolved: ResolvedVersion
+) -> None:
+    holder = Holder()
+    receive_slots(tmp_path / "socket", holder)
+
+    async def load() -> None:
+        with contextlib.closing(Loader(tmp_path / "socket")) as loader:
+            assert await loader.load(1, resolved) == holder.slots[1].num_bytes
+            reader = reader_of(os.getpid())
+            reader.kill()
+            psutil.wait_procs([reader])
+            await asyncio.sleep(0.2)
+            with pytest.raises(StoreError, match="was ended while it was read"):
+                await loader.load(2, resolved)
+            await loader.load(3, resolved)
+            (resolved.folder / "adapter_config.json").write_text("{")
+            with pytest.raises(ArtifactError) as caught:
+                await loader.load(4, resolved)
+            assert caught.value.problems, "what the process found comes over whole"
+
+    asyncio.run(load())
+    assert set(holder.slots) == {1, 3}
+
+
+def test_a_loader_ends_with_its_parent(tmp_path: Path, resolved: ResolvedVersion) -> None:
+    """Even if that is killed, and so can not say goodbye."""
+    receive_slots(tmp_path / "socket", Holder())
+    context = multiprocessing.get_context("spawn")
+    loaded = context.Event()
+    parent = context.Process(target=_load_and_wait, args=(tmp_path / "socket", resolved, loaded))
+    parent.start()
+    assert loaded.wait(60)
+    assert parent.pid is not None
+    reader = reader_of(parent.pid)
+    parent.kill()
+    parent.join()
+    _, alive = psutil.wait_procs([reader], timeout=20)
+    assert alive == []
+
+
+def _load_and_wait(socket: Path, resolved: ResolvedVersion, loaded: Any) -> None:
+    loader = Loader(socket)
+    asyncio.run(loader.load(1, resolved))
+    loaded.set()
+    time.sleep(60)

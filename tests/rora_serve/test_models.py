@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters import AdapterStore
+from adapters import AdapterStore, ResolvedVersion
 from adapters.errors import (
     AdapterMismatchError,
     AdapterNameError,
@@ -15,23 +15,30 @@ from adapters.errors import (
 from rora_serve.models import ModelDirectory, ServedBase, check_names
 
 BASE = "base"
+CAPACITY = 1_000_000
 SERVED = ServedBase((BASE,), "f" * 64, "{{ base template }}")
 
 
 class Engine:
-    """Stands for the worker at the other end of the RPC: counts loads, and can refuse or fail."""
+    """Stands for the engine at the other end: notes what it is told, and can refuse or fail."""
 
     def __init__(self) -> None:
-        self.loaded: list[tuple[int, str]] = []
-        self.answers: list[dict[str, object] | Exception] = []
+        self.loaded: list[tuple[int, Path]] = []
+        self.held: set[int] = set()
+        self.failures: list[Exception] = []
 
-    async def load(self, lora_int_id: int, folder: str) -> dict[str, object]:
+    async def load(self, lora_int_id: int, resolved: ResolvedVersion) -> int:
         await asyncio.sleep(0.01)
-        self.loaded.append((lora_int_id, folder))
-        answer = self.answers.pop(0) if self.answers else dict[str, object](num_bytes=1)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if self.failures:
+            raise self.failures.pop(0)
+        assert lora_int_id not in self.held
+        self.loaded.append((lora_int_id, resolved.folder))
+        self.held.add(lora_int_id)
+        return resolved.version.num_bytes
+
+    async def drop(self, lora_int_id: int) -> None:
+        await asyncio.sleep(0.01)
+        self.held.remove(lora_int_id)
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def store(tmp_path: Path, adapter: Path) -> AdapterStore:
 
 @pytest.fixture
 def directory(store: AdapterStore, engine: Engine) -> ModelDirectory:
-    return ModelDirectory(SERVED, store, engine.load)
+    return ModelDirectory(SERVED, store, engine, capacity=CAPACITY)
 
 
 def test_the_base_is_no_adapter_and_an_unknown_name_is_not_found(
@@ -98,7 +105,7 @@ def test_a_new_version_is_another_adapter_to_the_engine(
 def test_an_adapter_that_does_not_fit_is_refused_each_time(
     directory: ModelDirectory, engine: Engine
 ) -> None:
-    engine.answers = [{"error": "it does not fit"}, {"error": "it does not fit"}]
+    engine.failures = [AdapterMismatchError("it does not fit") for _ in range(2)]
 
     async def ask() -> None:
         for _ in range(2):
@@ -110,7 +117,7 @@ def test_an_adapter_that_does_not_fit_is_refused_each_time(
 
 
 def test_an_engine_error_is_not_remembered(directory: ModelDirectory, engine: Engine) -> None:
-    engine.answers = [RuntimeError("lost")]
+    engine.failures = [RuntimeError("lost")]
 
     async def ask() -> None:
         with pytest.raises(RuntimeError, match="lost"):
@@ -169,7 +176,7 @@ def test_an_adapter_for_something_else_is_refused(
     # In a store of its own: what rora.json says is not part of a version's digest.
     store = AdapterStore(tmp_path / "other")
     store.add(adapter, name="b")
-    directory = ModelDirectory(SERVED, store, engine.load)
+    directory = ModelDirectory(SERVED, store, engine, capacity=CAPACITY)
     if reason is None:
         assert asyncio.run(directory.open("b")) is not None
         return
@@ -193,11 +200,11 @@ def test_a_template_is_looked_at_in_every_version_of_the_same_weights(
     asyncio.run(ask())
 
 
-def test_an_object_that_was_changed_is_refused(
+def test_a_probe_that_was_changed_is_refused(
     directory: ModelDirectory, engine: Engine, store: AdapterStore
 ) -> None:
-    path = store.resolve("a").folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    """Of the weights, what reads them says so."""
+    (store.resolve("a").folder / "rora.json").write_text('{"format": 1, "probe": [1]}')
     with pytest.raises(AdapterMismatchError, match="differs from what was stored"):
         asyncio.run(directory.open("a"))
     assert engine.loaded == []
@@ -208,7 +215,7 @@ def test_the_store_never_shows_its_place_to_clients(
 ) -> None:
     folder = store.resolve("a").folder
     for text in (f"{folder}: no file", f"{folder}/adapter_model.safetensors: cut"):
-        engine.answers = [{"error": text}]
+        engine.failures = [AdapterMismatchError(text)]
         with pytest.raises(AdapterMismatchError) as caught:
             asyncio.run(directory.open("a"))
         assert str(store.root) not in str(caught.value)
@@ -243,3 +250,72 @@ def test_a_store_that_can_only_be_read_is_served(
     served = asyncio.run(directory.open("a"))
     assert served is not None
     assert "no lease on a@sha256:" in caplog.text
+
+
+@pytest.fixture
+def other(store: AdapterStore, adapter: Path, tmp_path: Path) -> str:
+    """Another adapter's name, of the same size."""
+    folder = tmp_path / "other"
+    shutil.copytree(adapter, folder)
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    store.add(folder, name="other")
+    return "other"
+
+
+def test_adapters_that_nobody_asks_for_make_room_for_others(
+    store: AdapterStore, engine: Engine, other: str
+) -> None:
+    """Their versions may be collected from then on."""
+    num_bytes = store.resolve("a").version.num_bytes
+    directory = ModelDirectory(SERVED, store, engine, capacity=num_bytes)
+
+    async def ask() -> None:
+        first = await directory.open("a")
+        assert first is not None
+        waiting = asyncio.create_task(directory.open(other))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        directory.close(first, was_answered=True)
+        second = await waiting
+        assert second is not None
+        assert engine.held == {second.lora_int_id}
+        directory.close(second, was_answered=True)
+        again = await directory.open("a")
+        assert again is not None
+        assert engine.held == {again.lora_int_id} == {first.lora_int_id}
+
+    asyncio.run(ask())
+    assert len(engine.loaded) == 3
+    leases = [path.name for path in (store.root / "leases").iterdir()]
+    assert [name.partition(".")[0] for name in leases] == [store.resolve("a").version.digest]
+
+
+def test_an_adapter_whose_client_hung_up_stays_until_vllm_gave_the_request_up(
+    store: AdapterStore, engine: Engine, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rora_serve.models._ABORT_SECONDS", 0.1)
+    num_bytes = store.resolve("a").version.num_bytes
+    directory = ModelDirectory(SERVED, store, engine, capacity=num_bytes)
+
+    async def ask() -> None:
+        served = await directory.open("a")
+        assert served is not None
+        directory.close(served, was_answered=False)
+        waiting = asyncio.create_task(directory.open(other))
+        await asyncio.sleep(0.05)
+        assert engine.held == {served.lora_int_id}
+        assert await waiting is not None
+        assert served.lora_int_id not in engine.held
+
+    asyncio.run(ask())
+
+
+def test_an_adapter_larger_than_all_memory_for_adapters_is_refused(
+    store: AdapterStore, engine: Engine
+) -> None:
+    directory = ModelDirectory(SERVED, store, engine, capacity=100)
+    with pytest.raises(AdapterMismatchError, match="adapter-memory-bytes"):
+        asyncio.run(directory.open("a"))
+    assert engine.loaded == []
+    assert list((store.root / "leases").iterdir()) == []

@@ -1,124 +1,273 @@
-from collections.abc import Sequence
-from typing import Any
+"""Every mix of rows and adapters equals a loop, whichever way it is computed."""
 
+import importlib
+from collections.abc import Sequence
+
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from adapters.errors import EngineSeamError
-from rora_serve.engine.ragged_batch import RaggedBatch
-from rora_serve.engine.ragged_layers import Factors, RaggedLayer, add_deltas
+from rora_serve.engine.ragged_batch import LONG_GROUP, RaggedBatch
+from rora_serve.engine.ragged_layers import RaggedLayer
+from rora_serve.engine.slots import Slot
 from tests.reference import ATOL, Array, ragged_delta_loop
+from tests.rora_serve.slots import make_slot
 
-IN, OUT = 7, 10
-# A fused layer: three parts of unequal sizes, one after the other.
-PARTS = ((0, 5), (5, 2), (7, 3))
+# As rora_serve.engine.manager does: numba must come after vLLM.
+kernels = importlib.import_module("rora_serve.engine.kernels")
+
+IN = 7
+# A fused layer: three parts of unequal sizes, one after the other; the second layer is plain.
+LAYERS = (((0, 5), (5, 2), (7, 3)), ((0, 40),))
+NUMPY_DTYPES = {
+    torch.float32: np.dtype(np.float32),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    torch.float16: np.dtype(np.float16),
+}
+Factors = dict[tuple[int, int], tuple[Array, Array, float]]
 
 
-def make_slots(ranks: dict[int, list[int]], dtype: torch.dtype) -> dict[int, tuple[Factors, ...]]:
-    """Factors of each adapter; a rank of 0 is a part that it does not touch."""
-    generator = torch.Generator().manual_seed(7)
-    return {
-        key: tuple(
-            Factors(
-                torch.randn(rank, IN, generator=generator).to(dtype),
-                torch.randn(size, rank, generator=generator).to(dtype),
-                scaling=0.5 + key,
-                start=start,
-            )
-            for rank, (start, size) in zip(of_parts, PARTS, strict=True)
-            if rank
-        )
-        for key, of_parts in ranks.items()
-    }
+def make_adapter(
+    seed: int, ranks: Sequence[Sequence[int]], dtype: torch.dtype, in_features: int = IN
+) -> tuple[Slot, Factors]:
+    """A slot, and its factors by layer and part, as float64; a rank of 0 is a module without."""
+    generator = np.random.default_rng(seed)
+    stored = {}
+    factors = {}
+    for layer, of_layer in enumerate(ranks):
+        for part, rank in enumerate(of_layer):
+            if rank:
+                width = LAYERS[layer][part][1]
+                a = generator.normal(size=(rank, in_features)).astype(NUMPY_DTYPES[dtype])
+                b = generator.normal(size=(width, rank)).astype(NUMPY_DTYPES[dtype])
+                scaling = 0.25 + seed
+                stored[layer, part] = (a, b, scaling)
+                factors[layer, part] = (a.astype(np.float64), b.astype(np.float64), scaling)
+    return make_slot(stored, num_layers=len(LAYERS), num_parts=3), factors
+
+
+def make_layer(index: int, *, num_threads: int = 1, in_features: int = IN) -> RaggedLayer:
+    return RaggedLayer(
+        f"layer {index}",
+        index,
+        "linear",
+        in_features=in_features,
+        parts=LAYERS[index],
+        kernels=kernels,
+        scratch=kernels.new_scratch(num_threads),
+    )
 
 
 def expected_output(
-    x: torch.Tensor, y: torch.Tensor, ids: list[int], slots: dict[int, tuple[Factors, ...]]
+    x: torch.Tensor, y: torch.Tensor, ids: list[int], adapters: dict[int, Factors], layer: int
 ) -> Array:
     factors: dict[int, Sequence[tuple[Array, Array, float, int]]] = {
         key: [
-            (f.lora_a.double().numpy(), f.lora_b.double().numpy(), f.scaling, f.start)
-            for f in of_adapter
+            (a, b, scaling, LAYERS[layer][part][0])
+            for (of_layer, part), (a, b, scaling) in of_adapter.items()
+            if of_layer == layer
         ]
-        for key, of_adapter in slots.items()
+        for key, of_adapter in adapters.items()
     }
     return ragged_delta_loop(x.double().numpy(), y.double().numpy(), ids, factors)
 
 
-@settings(max_examples=60, deadline=None)
+def check(
+    ids: list[int],
+    adapters: dict[int, tuple[Slot, Factors]],
+    dtype: torch.dtype,
+    *,
+    num_threads: int = 1,
+    padding: int = 0,
+    in_features: int = IN,
+) -> None:
+    """Compare both layers with the loop, and rows without an adapter bit by bit."""
+    generator = torch.Generator().manual_seed(len(ids))
+    batch = RaggedBatch(len(LAYERS))
+    batch.set_rows(tuple(ids), (), {key: slot for key, (slot, _) in adapters.items()})
+    padded = ids + [0] * padding
+    for index, parts in enumerate(LAYERS):
+        x = torch.randn(len(padded), in_features, generator=generator).to(dtype)
+        y = torch.randn(len(padded), sum(w for _, w in parts), generator=generator).to(dtype)
+        factors = {key: of_adapter for key, (_, of_adapter) in adapters.items()}
+        expected = expected_output(x, y, padded, factors, index)
+        result = y.clone()
+        layer = make_layer(index, num_threads=num_threads, in_features=in_features)
+        layer.add_deltas(x, result, batch.tokens)
+        # Relative to the sums: a rank of 128 adds up 128 products.
+        scale = max(1.0, float(np.abs(expected).max()))
+        atol = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}[dtype]
+        np.testing.assert_allclose(result.double(), expected, atol=atol * scale)
+        untouched = [row for row, key in enumerate(padded) if key not in adapters]
+        assert torch.equal(result[untouched], y[untouched])
+
+
+@settings(max_examples=80, deadline=None)
 @given(
-    ids=st.lists(st.integers(0, 4), min_size=1, max_size=14),
+    ids=st.lists(st.integers(0, 4), min_size=1, max_size=3 * LONG_GROUP),
     ranks=st.dictionaries(
-        st.integers(1, 4), st.lists(st.integers(0, 6), min_size=3, max_size=3), max_size=4
+        st.integers(1, 4),
+        st.tuples(
+            st.lists(st.integers(0, 9), min_size=3, max_size=3),
+            st.lists(st.integers(0, 9), min_size=1, max_size=1),
+        ),
+        max_size=4,
     ),
     padding=st.integers(0, 3),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    stored=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    num_threads=st.sampled_from([1, 2]),
 )
 def test_any_mix_equals_a_loop_over_rows(
-    ids: list[int], ranks: dict[int, list[int]], padding: int, dtype: torch.dtype
+    ids: list[int],
+    ranks: dict[int, tuple[list[int], list[int]]],
+    padding: int,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    num_threads: int,
 ) -> None:
-    """Base rows, unequal ranks, missing parts, ids without weights, padded rows."""
-    slots = make_slots(ranks, dtype)
-    x = torch.randn(len(ids) + padding, IN).to(dtype)
-    y = torch.randn(len(ids) + padding, OUT).to(dtype)
-    expected = expected_output(x, y, ids + [0] * padding, slots)
-    batch = RaggedBatch()
-    batch.set_rows(ids)
-    result = y.clone()
-    add_deltas(x, result, batch, slots, layer_name="layer")
-    scale = max(1.0, float(np.abs(expected).max()))
-    atol = ATOL["float32"] if dtype == torch.float32 else ATOL["bfloat16"]
-    np.testing.assert_allclose(result.double(), expected, atol=atol * scale)
-    untouched = [row for row in range(len(ids) + padding) if (ids + [0] * padding)[row] == 0]
-    assert torch.equal(result[untouched], y[untouched])
+    """Base rows, unequal ranks, missing parts, ids without weights, padded rows, any dtypes."""
+    adapters = {key: make_adapter(key, of_layers, stored) for key, of_layers in ranks.items()}
+    check(ids, adapters, dtype, num_threads=num_threads, padding=padding)
 
 
-@pytest.mark.parametrize("returns_bias", [False, True])
-def test_the_hook_adds_to_what_the_layer_returns(returns_bias: bool) -> None:
-    class Layer(nn.Linear):
-        def forward(self, x: torch.Tensor) -> Any:
-            y = super().forward(x)
-            return (y, None) if returns_bias else y
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 3, 128])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [1] * 40,
+        [1, 2] * 20,
+        [1] * LONG_GROUP + [0] + [2] * (LONG_GROUP - 1),
+        list(range(1, 41)),
+        # Popular ones have many rows, spread over the batch.
+        [1, 2, 1, 3, 1, 2, 1, 4, 1, 1, 5, 2, 1, 1, 3, 1, 6, 1, 2, 1, 1, 7, 1, 1, 1, 2, 1],
+    ],
+    ids=["identical", "two", "long and short", "distinct", "Zipf"],
+)
+def test_popularity_and_rank_change_nothing(ids: list[int], rank: int, dtype: torch.dtype) -> None:
+    ranks = {key: ([rank, 0, rank], [max(rank - key % 2, 1)]) for key in set(ids) - {0}}
+    adapters = {key: make_adapter(key, of_layers, dtype) for key, of_layers in ranks.items()}
+    check(ids, adapters, dtype)
 
-    layer, batch = Layer(IN, OUT), RaggedBatch()
-    ragged = RaggedLayer("layer", layer, batch)
-    ragged.slots = make_slots({1: [2, 0, 1]}, torch.float32)
-    x = torch.randn(3, IN)
-    with torch.no_grad():
-        alone = layer(x)[0] if returns_bias else layer(x)
-        batch.set_rows([0, 1, 1])
-        found = layer(x)[0] if returns_bias else layer(x)
-    expected = expected_output(x, alone, [0, 1, 1], ragged.slots)
-    np.testing.assert_allclose(found.double(), expected, atol=ATOL["float32"])
+
+def test_adapters_of_several_dtypes_share_a_batch() -> None:
+    dtypes = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
+    adapters = {key: make_adapter(key, ([2, 1, 3], [4]), of) for key, of in dtypes.items()}
+    check([3, 1, 2, 0, 2, 1, *[2] * LONG_GROUP], adapters, torch.float32)
+
+
+def test_wide_rows_are_shared_out_among_threads() -> None:
+    """More columns than one pass sums up, and fewer than there are threads."""
+    adapters = {
+        key: make_adapter(key, ([3, 5, 1], [6]), torch.float32, in_features=3000) for key in (1, 2)
+    }
+    for num_threads in (1, 2, 7):
+        check([1, 2, 0, 1], adapters, torch.float32, num_threads=num_threads, in_features=3000)
+
+
+def test_an_embedding_adds_what_its_tokens_select() -> None:
+    generator = np.random.default_rng(0)
+    vocabulary, hidden, rank = 50, 12, 3
+    a = generator.normal(size=(rank, vocabulary)).astype(np.float32)
+    b = generator.normal(size=(hidden, rank)).astype(np.float32)
+    slot = make_slot({(0, 0): (a, b, 0.5)}, num_layers=1, num_parts=1, kind="embedding")
+    layer = RaggedLayer(
+        "embedding",
+        0,
+        "embedding",
+        in_features=vocabulary,
+        parts=((0, hidden),),
+        kernels=kernels,
+        scratch=kernels.new_scratch(1),
+    )
+    for count in (3, LONG_GROUP):
+        ids = [1] * count + [0, 0]
+        batch = RaggedBatch(1)
+        batch.set_rows(tuple(ids), (), {1: slot})
+        tokens = torch.from_numpy(generator.integers(0, vocabulary, len(ids)))
+        y = torch.zeros(len(ids), hidden)
+        layer.add_deltas(tokens, y, batch.tokens)
+        for row, token in enumerate(tokens):
+            expected = 0.5 * b @ a[:, token] if ids[row] else np.zeros(hidden)
+            np.testing.assert_allclose(y[row], expected, atol=ATOL["float32"])
+
+
+def test_rows_that_are_not_contiguous_are_read_as_they_lie() -> None:
+    slot, factors = make_adapter(1, ([2, 1, 3], [4]), torch.float32)
+    batch = RaggedBatch(len(LAYERS))
+    batch.set_rows((1, 0, 1), (), {1: slot})
+    x = torch.randn(IN, 3).t()
+    wide = torch.zeros(3, 20)
+    y = wide[:, 4:14]
+    make_layer(0).add_deltas(x, y, batch.tokens)
+    expected = expected_output(x, torch.zeros(3, 10), [1, 0, 1], {1: factors}, 0)
+    np.testing.assert_allclose(y, expected, atol=ATOL["float32"])
+    assert not wide[:, :4].any()
+    assert not wide[:, 14:].any()
 
 
 def test_a_layer_that_no_adapter_touches_never_looks_at_its_rows() -> None:
     """An image encoder's layers see other rows than the step has."""
-    layer, batch = nn.Linear(IN, OUT), RaggedBatch()
-    RaggedLayer("visual", layer, batch)
-    batch.set_rows([1, 1, 0])
-    x = torch.randn(9, 1, IN)
-    assert layer(x).shape == (9, 1, OUT)
+    slot, _ = make_adapter(1, ([0, 0, 0], [2]), torch.float32)
+    batch = RaggedBatch(len(LAYERS))
+    batch.set_rows((1, 1, 0), (), {1: slot})
+    y = torch.zeros(9, 1, 10)
+    make_layer(0).add_deltas(torch.ones(9, 1, IN), y, batch.tokens)
+    assert not y.any()
 
 
 def test_rows_that_can_not_be_told_apart_are_refused() -> None:
-    batch = RaggedBatch()
-    batch.set_rows([1, 1, 0])
+    slot, _ = make_adapter(1, ([1, 0, 0], [0]), torch.float32)
+    batch = RaggedBatch(len(LAYERS))
+    batch.set_rows((1, 1, 0), (), {1: slot})
     for shape in ((2, IN), (1, 3, IN)):
-        with pytest.raises(EngineSeamError, match=r"layer: input .* for a step of 3 rows"):
-            add_deltas(torch.ones(shape), torch.ones(3, OUT), batch, {}, layer_name="layer")
+        with pytest.raises(EngineSeamError, match=r"layer 0: input .* for a step of 3 rows"):
+            make_layer(0).add_deltas(torch.ones(shape), torch.ones(3, 10), batch.tokens)
 
 
-def test_neighbouring_rows_are_read_without_a_copy() -> None:
-    batch = RaggedBatch()
-    batch.set_rows([0, 3, 3, 5, 0, 5])
-    groups = dict(batch.groups)
-    assert groups[3] == slice(1, 3)
-    assert isinstance(groups[5], torch.Tensor)
-    assert groups[5].tolist() == [3, 5]
-    batch.set_rows([0, 0])
-    assert batch.groups == []
+def test_long_runs_of_neighbours_are_read_without_a_copy() -> None:
+    slots = {key: make_adapter(key, ([1, 0, 0], [0]), torch.float32)[0] for key in (3, 5, 7)}
+    batch = RaggedBatch(len(LAYERS))
+    many = LONG_GROUP
+    # Two prompts and two single rows of one adapter; many single rows of another; few of a third.
+    ids = (0, *[3] * many, 7, 3, *[3] * many, 7, 3, *[5, 0] * many)
+    batch.set_rows(ids, (), slots)
+    (_, first), (_, second), (last, scattered) = batch.tokens.long
+    assert first == slice(1, many + 1)
+    assert second == slice(many + 2, 2 * many + 3)
+    assert last is slots[5]
+    assert isinstance(scattered, torch.Tensor)
+    assert scattered.tolist() == list(range(2 * many + 5, 4 * many + 5, 2))
+    assert batch.tokens.short is not None
+    assert batch.tokens.short.rows.tolist() == [2 * many + 4, many + 1, 2 * many + 3]
+
+
+def test_a_step_like_the_last_one_is_not_grouped_again() -> None:
+    slot, _ = make_adapter(1, ([1, 0, 0], [0]), torch.float32)
+    batch = RaggedBatch(len(LAYERS))
+    batch.set_rows((1, 0), (1, 0), {1: slot})
+    groups = batch.tokens
+    batch.set_rows((1, 0), (1, 0), {1: slot})
+    assert batch.tokens is groups
+    batch.set_rows((0, 1), (0, 1), {1: slot})
+    assert batch.tokens is not groups
+    batch.clear()
+    assert batch.tokens.short is None
+    assert not any(batch.tokens.is_touched)
+
+
+def test_rows_of_logits_are_those_of_samples_or_of_a_part_of_the_prompt() -> None:
+    slots = {key: make_adapter(key, ([1, 0, 0], [0]), torch.float32)[0] for key in (1, 2)}
+    batch = RaggedBatch(len(LAYERS))
+    batch.set_rows((1, 1, 1, 2, 2), (1, 2), slots)
+    assert batch.samples.num_rows == 2
+    part = batch.tokens_between(2, 4)
+    assert part.num_rows == 2
+    assert part.short is not None
+    assert part.short.rows.tolist() == [0, 1]
+    assert part.short.starts.tolist() == [0, 1, 2]

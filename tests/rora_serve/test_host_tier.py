@@ -1,0 +1,151 @@
+"""What is needed stays, the rest goes in the order in which it was used, nothing overflows."""
+
+import asyncio
+import random
+
+import pytest
+
+from adapters.errors import AdapterMismatchError
+from rora_serve.host_tier import HostTier
+
+
+class Engine:
+    """Holds what the tier loads, and sees that a load never meets the drop of the same adapter."""
+
+    def __init__(self, capacity: int) -> None:
+        self.held: dict[str, int] = {}
+        self.num_loads = 0
+        self.tier = HostTier(capacity, self.drop)
+
+    async def lease(self, key: str, num_bytes: int = 10) -> None:
+        async def load() -> int:
+            assert key not in self.held
+            await asyncio.sleep(0.001)
+            self.held[key] = num_bytes
+            self.num_loads += 1
+            assert sum(self.held.values()) <= self.tier.capacity
+            return num_bytes
+
+        await self.tier.lease(key, num_bytes, load)
+
+    async def drop(self, keys: list[str]) -> None:
+        await asyncio.sleep(0.001)
+        for key in keys:
+            del self.held[key]
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    async def run() -> None:
+        engine = Engine(30)
+        for key in ("a", "b", "c", "a"):
+            await engine.lease(key)
+            engine.tier.release(key)
+        await engine.lease("d")
+        assert set(engine.held) == {"a", "c", "d"}
+        assert engine.num_loads == 4
+        await engine.lease("e", 20)
+        assert set(engine.held) == {"d", "e"}
+        assert engine.tier.num_bytes == 30
+
+    asyncio.run(run())
+
+
+def test_what_is_leased_or_pinned_stays_and_the_rest_waits_in_order() -> None:
+    async def run() -> None:
+        engine = Engine(30)
+        await engine.lease("pinned")
+        engine.tier.pin("pinned")
+        engine.tier.release("pinned")
+        await engine.lease("leased")
+        large = asyncio.create_task(engine.lease("large", 20))
+        await asyncio.sleep(0.01)
+        small = asyncio.create_task(engine.lease("small"))
+        await asyncio.sleep(0.01)
+        assert set(engine.held) == {"pinned", "leased"}
+        engine.tier.release("leased")
+        await large
+        assert set(engine.held) == {"pinned", "large"}
+        assert not small.done()
+        engine.tier.unpin("pinned")
+        await small
+        assert set(engine.held) == {"large", "small"}
+
+    asyncio.run(run())
+
+
+def test_pins_leave_room_for_what_comes_and_goes() -> None:
+    async def run() -> None:
+        engine = Engine(40)
+        for key in ("a", "b", "c"):
+            await engine.lease(key)
+        engine.tier.pin("a")
+        engine.tier.pin("b")
+        engine.tier.pin("b")
+        with pytest.raises(AdapterMismatchError, match="30 of 40 bytes, at most 50% may be pinned"):
+            engine.tier.pin("c")
+        engine.tier.unpin("a")
+        engine.tier.unpin("nobody")
+        engine.tier.pin("c")
+
+    asyncio.run(run())
+
+
+def test_a_load_that_fails_leaves_its_room_and_is_tried_again() -> None:
+    async def run() -> None:
+        engine = Engine(10)
+
+        async def fail() -> int:
+            raise OSError("lost")
+
+        waiting = [asyncio.create_task(engine.tier.lease("a", 10, fail)) for _ in range(3)]
+        assert all(
+            isinstance(e, OSError) for e in await asyncio.gather(*waiting, return_exceptions=True)
+        )
+        assert engine.tier.num_bytes == 0
+        assert not engine.tier.holds("a")
+        await engine.lease("a")
+        assert engine.held == {"a": 10}
+
+    asyncio.run(run())
+
+
+def test_what_never_fits_is_refused_at_once() -> None:
+    async def run() -> None:
+        engine = Engine(10)
+        with pytest.raises(AdapterMismatchError, match=r"takes 11 bytes, all adapters .* have 10"):
+            await engine.lease("a", 11)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_tasks_that_come_leave_and_are_cancelled(seed: int) -> None:
+    """The engine's asserts see every overflow and every load of what is there or still leaving."""
+
+    async def run() -> None:
+        chooser = random.Random(seed)
+        engine = Engine(50)
+        sizes = {str(number): chooser.randint(1, 25) for number in range(12)}
+
+        async def use() -> None:
+            key = chooser.choice(list(sizes))
+            await engine.lease(key, sizes[key])
+            try:
+                assert key in engine.held
+                await asyncio.sleep(chooser.random() * 0.01)
+                assert key in engine.held
+            finally:
+                engine.tier.release(key)
+
+        async def use_or_leave() -> None:
+            await asyncio.sleep(chooser.random() * 0.5)
+            try:
+                async with asyncio.timeout(chooser.choice([0.002, 5])):
+                    await use()
+            except TimeoutError:
+                pass
+
+        await asyncio.gather(*(use_or_leave() for _ in range(400)))
+        assert sum(engine.held.values()) <= 50
+
+    asyncio.run(run())
