@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import psutil
 
 from adapters import AdapterStore, ResolvedVersion
-from adapters.base_model import chat_template, fingerprint
+from adapters.base_model import cache_folder, chat_template, fingerprint
 from adapters.errors import AdapterMismatchError, ConfigError, EngineSeamError
 from adapters.limits import MAX_LORA_RANK
 from adapters.receipt import read_base_shapes
@@ -133,6 +133,7 @@ def _set_environment() -> None:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if 0 < len(cores) <= _FEW_CORES:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(_kernel_cache()))
     if os.environ.get("VLLM_API_KEY"):
         raise ConfigError(
             "VLLM_API_KEY: set, but vLLM's key guards only some routes, and none before an adapter "
@@ -141,6 +142,17 @@ def _set_environment() -> None:
     # Each would let a request reach an adapter past the front door.
     for name in ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
         os.environ.pop(name, None)
+
+
+def _kernel_cache() -> Path:
+    """Return where compiled kernels are kept: beside the models, or for this start only."""
+    kept = cache_folder(os.environ) / "kernels"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=kept):
+            return kept
+    except OSError:  # a container that can only be read
+        return Path(tempfile.gettempdir()) / f"rora-serve-kernels-{os.getuid()}"
 
 
 def _confirm_platform() -> None:

@@ -22,7 +22,7 @@ from rora_serve.engine.compat import base_layers, vllm_module_name
 from rora_serve.engine.hooks import hook_layers
 from rora_serve.engine.loading import read_slot
 from rora_serve.engine.ragged_batch import Groups, RaggedBatch
-from rora_serve.engine.ragged_layers import RaggedLayer
+from rora_serve.engine.ragged_layers import RaggedLayer, compile_kernels
 from rora_serve.engine.slots import Site, Slot
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,12 @@ _KNOWN_NAMES = 65_536  # of modules whose place is remembered
 class RaggedLoraManager:
     """Holds slots on the host and points every layer at the rows of each step.
 
-    Args: model: vLLM's base model; a hook is hung on each of its layers that an adapter can change.
+    Args:
+        model: vLLM's base model; a hook is hung on each of its layers that an adapter can change.
+        dtype: that it computes in.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         num_threads = torch.get_num_threads()
         # The threads that torch computes with, bound as vLLM bound them: torch's OpenMP library is
         # loaded before any other.
@@ -49,6 +51,7 @@ class RaggedLoraManager:
         self._slots: dict[int, Slot] = {}
         self._warming_up: set[int] = set()
         scratch = kernels.new_scratch(num_threads)
+        compile_kernels(kernels, dtype, scratch)
         layers = base_layers(model)
         self._sites = {
             module: Site(index, part, base.kind, base.in_features, size)

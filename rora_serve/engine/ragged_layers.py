@@ -155,3 +155,27 @@ class RaggedLayer:
             at += lora_b.nbytes
             parts.append((float(slot.scalings[self._index, part]), lora_b))
         return lora_a, parts
+
+
+def compile_kernels(kernels: ModuleType, dtype: torch.dtype, scratch: NDArray[np.float32]) -> None:
+    """Compile what layers of a model will call, before any request waits for it.
+
+    Args: dtype: that the model computes in.
+    Cost: 10 s the first time on a machine, then numba's cache has it.
+    """
+    factors, y, x = np.zeros(2, np.float32), torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1)
+    groups = (
+        np.zeros(1, np.int64),
+        np.array([0, 1]),
+        np.array([factors.ctypes.data]),
+        np.array([int(Element.F32)]),
+        np.ones((1, 1), np.int64),
+        np.ones((1, 1), np.float32),
+        np.array([[0, 1]]),
+        np.zeros((1, 1), np.float32),
+        scratch,
+    )
+    output = (y.data_ptr(), y.element_size(), getattr(kernels, _LIKE[dtype]))
+    add_linear = kernels.add_linear if len(scratch) == 1 else kernels.add_linear_threaded
+    add_linear(x.to(dtype).data_ptr(), y.element_size(), *output, 1, *groups)
+    kernels.add_embedding(np.zeros(1, np.int64), *output, 1, *groups)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rora_serve.engine.compat import check_vllm_version, replace_lora_manager
@@ -21,7 +22,9 @@ class RaggedCpuWorker(CPUWorker):
         self._ragged: RaggedLoraManager | None = None
 
         def make_manager(model: Any) -> RaggedLoraManager:
-            self._ragged = RaggedLoraManager(model)
+            dtype = self.model_config.dtype
+            assert isinstance(dtype, torch.dtype), "vLLM has resolved it by now"
+            self._ragged = RaggedLoraManager(model, dtype)
             receive_slots(Path(os.environ[SOCKET_VARIABLE]), self._ragged)
             return self._ragged
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adapters.errors import EngineSeamError
 from rora_serve.engine.ragged_batch import LONG_GROUP, RaggedBatch
-from rora_serve.engine.ragged_layers import RaggedLayer
+from rora_serve.engine.ragged_layers import RaggedLayer, compile_kernels
 from rora_serve.engine.slots import Slot
 from tests.reference import ATOL, Array, ragged_delta_loop
 from tests.rora_serve.slots import make_slot
@@ -168,6 +168,17 @@ def test_wide_rows_are_shared_out_among_threads() -> None:
     }
     for num_threads in (1, 2, 7):
         check([1, 2, 0, 1], adapters, torch.float32, num_threads=num_threads, in_features=3000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_what_layers_call_is_compiled_beforehand(dtype: torch.dtype, num_threads: int) -> None:
+    compile_kernels(kernels, dtype, kernels.new_scratch(num_threads))
+    functions = (kernels.add_linear, kernels.add_linear_threaded, kernels.add_embedding)
+    before = [len(function.signatures) for function in functions]
+    adapters = {key: make_adapter(key, ([2, 1, 3], [4]), torch.bfloat16) for key in range(1, 6)}
+    check([1, 2, 0, 3, 4, 5, 1], adapters, dtype, num_threads=num_threads)
+    assert [len(function.signatures) for function in functions] == before
 
 
 def test_an_embedding_adds_what_its_tokens_select() -> None:
