@@ -66,12 +66,13 @@ class HostTier:
         Raises: AdapterMismatchError: it is larger than all the memory for adapters; and whatever
             `load` raises.
         """
-        if num_bytes > self.capacity:
-            raise AdapterMismatchError(
-                f"takes {num_bytes} bytes, all adapters together have {self.capacity}; start the "
-                "server with a larger --adapter-memory-bytes"
-            )
         resident = self._residents.get(key)
+        pinned = sum(r.num_bytes for r in self._residents.values() if r.is_pinned)
+        if resident is None and num_bytes > self.capacity - pinned:
+            raise AdapterMismatchError(
+                f"takes {num_bytes} bytes, adapters that are not pinned have "
+                f"{self.capacity - pinned}; start the server with a larger --adapter-memory-bytes"
+            )
         if resident is None:
             resident = _Resident(num_bytes)
             self._residents[key] = resident
@@ -153,6 +154,6 @@ class HostTier:
                 self._released.clear()
                 await self._released.wait()
                 continue
-            for key in leaving:
-                self._used -= self._residents.pop(key).num_bytes
+            gone = [self._residents.pop(key).num_bytes for key in leaving]
             await self._drop(leaving)
+            self._used -= sum(gone)

@@ -17,7 +17,7 @@ import psutil
 
 from adapters import AdapterStore, ResolvedVersion
 from adapters.base_model import cache_folder, chat_template, fingerprint
-from adapters.errors import AdapterMismatchError, ConfigError, EngineSeamError
+from adapters.errors import AdapterMismatchError, ConfigError, EngineSeamError, RoraError
 from adapters.limits import MAX_LORA_RANK
 from adapters.receipt import read_base_shapes
 from adapters.store import verify
@@ -77,13 +77,14 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     names = tuple(arguments.served_model_name)
     check_names(names, store)
     base = ServedBase(names, fingerprint(model), chat_template(model))
-    capacity = config.adapter_memory_bytes or psutil.virtual_memory().available // 4
+    capacity = config.adapter_memory_bytes or free_memory(model) // 4
     signal.signal(signal.SIGTERM, _end_start)  # until vLLM installs its own handler
     try:
         with tempfile.TemporaryDirectory(prefix="rora-serve-") as own:
             os.environ[SOCKET_VARIABLE] = str(Path(own, "worker"))
+            os.environ.setdefault("NUMBA_CACHE_DIR", str(_kernel_cache(Path(own))))
             died = uvloop.run(_serve(arguments, base, store, capacity))
-    except EngineSeamError:
+    except RoraError:
         raise
     except (RuntimeError, ValueError, OSError) as error:  # what vLLM raises while it starts
         first_line = str(error).strip().partition("\n")[0]
@@ -133,26 +134,30 @@ def _set_environment() -> None:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if 0 < len(cores) <= _FEW_CORES:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(_kernel_cache()))
     if os.environ.get("VLLM_API_KEY"):
         raise ConfigError(
             "VLLM_API_KEY: set, but vLLM's key guards only some routes, and none before an adapter "
             "is loaded; unset it and listen on a private address"
         )
-    # Each would let a request reach an adapter past the front door.
-    for name in ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
+    for name in (
+        # Each would let a request reach an adapter past the front door.
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+        "VLLM_SKIP_MODEL_NAME_VALIDATION",
+        # With it a response in the background goes on after its request has ended.
+        "VLLM_ENABLE_RESPONSES_API_STORE",
+    ):
         os.environ.pop(name, None)
 
 
-def _kernel_cache() -> Path:
-    """Return where compiled kernels are kept: beside the models, or for this start only."""
+def _kernel_cache(own: Path) -> Path:
+    """Return where compiled kernels are kept: beside the models, or with this start's own files."""
     kept = cache_folder(os.environ) / "kernels"
     try:
         kept.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=kept):
             return kept
     except OSError:  # a container that can only be read
-        return Path(tempfile.gettempdir()) / f"rora-serve-kernels-{os.getuid()}"
+        return own / "kernels"
 
 
 def _confirm_platform() -> None:
@@ -192,7 +197,7 @@ def _engine_options(
         options["--max-loras"] = str(config.max_num_seqs)
         options["--max-lora-rank"] = str(MAX_LORA_RANK)
         options["--dtype"] = _cpu_dtype()
-        free = psutil.virtual_memory().available
+        free = free_memory(model)
         options["--kv-cache-memory-bytes"] = str(min(free // 4, _MAX_KV_CACHE_BYTES))
     else:
         padded = _padded_slots(config, AdapterStore(config.store))
@@ -249,6 +254,21 @@ def _padded_slots(config: ServeConfig, store: AdapterStore) -> _PaddedSlots:
         num_adapters=len(latest),
         num_bytes=sum(version.num_bytes for version in latest),
     )
+
+
+def free_memory(model: Path, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes that this process may still take once the base model is loaded.
+
+    Args: cgroup: where a container's limits stand, of version 2.
+    """
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        free = min(free, limit - int((cgroup / "memory.current").read_text()))
+    except (OSError, ValueError):  # no container, or none with a limit
+        pass
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    return max(free - weights, free // 8)
 
 
 def _is_cpu_build() -> bool:

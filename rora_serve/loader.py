@@ -31,6 +31,8 @@ class Loader:
     def __init__(self, socket: Path) -> None:
         self._socket = socket
         self._processes = _new_process()
+        # One job at a time is the process's: if it dies, only that one fails.
+        self._reading = asyncio.Lock()
 
     async def load(self, lora_int_id: int, resolved: ResolvedVersion) -> int:
         """Load an adapter's weights into the engine. Returns: bytes that they take there.
@@ -41,14 +43,14 @@ class Loader:
             StoreError: reading it ended the loader's process.
             EngineSeamError: the engine takes no adapters.
         """
-        processes = self._processes
         job = (self._socket, lora_int_id, resolved.folder, resolved.version.weights_digest)
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(processes, hand_over, *job)
+            async with self._reading:
+                return await loop.run_in_executor(self._processes, hand_over, *job)
         except BrokenProcessPool as error:
-            if self._processes is processes:
-                logger.error("the loader's process ended; another one is started")
-                self._processes = _new_process()
+            logger.error("the loader's process ended; another one is started")
+            self._processes = _new_process()
             raise StoreError(
                 f"{resolved.public_id}: the process that reads adapters was ended while it was "
                 "read, as a system without free memory does; try again"

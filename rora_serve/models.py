@@ -221,11 +221,15 @@ class ModelDirectory:
         """Let go of the versions of weights that the engine does not hold."""
         if self._tier.holds(weights):
             return
-        for digest, (resolved, lease) in list(self._admitted.items()):
-            if resolved.version.weights_digest == weights:
-                del self._admitted[digest]
-                if lease is not None:
-                    await asyncio.to_thread(lease.release)
+        # All of them before anything else can run: new requests admit them anew.
+        versions = [
+            digest
+            for digest, (resolved, _) in self._admitted.items()
+            if resolved.version.weights_digest == weights
+        ]
+        for _, lease in [self._admitted.pop(digest) for digest in versions]:
+            if lease is not None:
+                await asyncio.to_thread(lease.release)
 
 
 def _without_place(text: str, folder: Path) -> str:

@@ -78,7 +78,12 @@ def base_layers(model: nn.Module) -> list[BaseLayer]:
     The head of a model with tied weights is a layer of its own here, as it is to PEFT.
     """
     found = []
+    # Of a model that sees images, the encoder's rows are not those of tokens.
+    get_language_model: Any = getattr(model, "get_language_model", lambda: model)
+    inside = {id(module) for module in get_language_model().modules()}
     for name, module in model.named_modules():
+        if id(module) not in inside and not isinstance(module, LogitsProcessor):
+            continue
         if isinstance(module, LinearBase) and name.rpartition(".")[2] not in _ABSORBED:
             parts = linear_parts(name, module, model)
             found.append(BaseLayer(name, module, "linear", module.input_size, parts))

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Where the worker listens; set by rora_serve.launch for all of vLLM's processes.
 SOCKET_VARIABLE = "RORA_SERVE_SOCKET"
+_WORKER_SECONDS = 120  # without a sign of life; it answers in milliseconds
 
 
 class SlotHolder(Protocol):
@@ -119,6 +120,7 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
     names = list(artifact.modules)
     try:
         with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_WORKER_SECONDS)
             connection.connect(str(path))
             with connection.makefile("rwb") as stream:
                 _write(stream, {"modules": names})
@@ -143,7 +145,7 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
                 if not stream.readline():
                     raise ConnectionError("the connection ended")
                 return len(memory)
-    except (ConnectionError, FileNotFoundError, json.JSONDecodeError) as error:
+    except (ConnectionError, FileNotFoundError, TimeoutError, json.JSONDecodeError) as error:
         raise EngineSeamError(
             f"the engine's worker takes no adapters ({error}); its log says why"
         ) from error

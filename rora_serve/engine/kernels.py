@@ -317,7 +317,7 @@ def _expand(
     size = 4 if element == _FLOAT32 else 2
     # Bᵀ of the first part comes after all of A.
     b, at = groups.addresses[g] + ranks.sum() * in_features * size, 0
-    for part in range(len(ranks)):
+    for part in range(len(groups.columns)):
         rank, (start, length) = ranks[part], groups.columns[part]
         if not rank:
             continue

@@ -51,7 +51,12 @@ class RaggedLoraManager:
         self._slots: dict[int, Slot] = {}
         self._warming_up: set[int] = set()
         scratch = kernels.new_scratch(num_threads)
-        compile_kernels(kernels, dtype, scratch)
+        try:
+            compile_kernels(kernels, dtype, scratch)
+        except ValueError as error:  # numba found no OpenMP
+            logger.warning("adapters get one thread (%s); install libgomp1", error)
+            scratch = kernels.new_scratch(1)
+            compile_kernels(kernels, dtype, scratch)
         layers = base_layers(model)
         self._sites = {
             module: Site(index, part, base.kind, base.in_features, size)
@@ -96,8 +101,10 @@ class RaggedLoraManager:
         return self._sites.get(vllm_module_name(module, self._model))
 
     def _add_deltas(self, x: Tensor, y: Tensor, index: int, *, is_head: bool) -> None:
-        layer = self._layers[index]
-        layer.add_deltas(x, y, self._groups_of_head(x) if is_head else self._batch.tokens)
+        # Base-only steps end here, and so does the warm-up, whose logits are of no step's rows.
+        if self._batch.tokens.is_touched[index]:
+            groups = self._groups_of_head(x) if is_head else self._batch.tokens
+            self._layers[index].add_deltas(x, y, groups)
 
     def _groups_of_head(self, hidden: Tensor) -> Groups:
         """Return the rows of which logits are wanted: those that are sampled, or a prompt's own.
@@ -127,7 +134,8 @@ class RaggedLoraManager:
             prompt_mapping that of each row of logits.
         """
         for request in requests:
-            if request.lora_int_id not in self._slots.keys() | self._warming_up:
+            key = request.lora_int_id
+            if key not in self._slots and key not in self._warming_up:
                 self._read_now(request)
         self._batch.set_rows(mapping.index_mapping, mapping.prompt_mapping, self._slots)
 

@@ -74,10 +74,18 @@ class RaggedLayer:
         """
         if not groups.is_touched[self._index]:
             return  # such layers may see other rows, as those of an image encoder do
-        if x.dim() != (2 if self.kind == "linear" else 1) or x.shape[0] < groups.num_rows:
+        last, width = self.parts[-1]
+        fits = (
+            x.dim() == (2 if self.kind == "linear" else 1)
+            and y.dim() == 2
+            and min(x.shape[0], y.shape[0]) >= groups.num_rows
+            and y.shape[1] >= last + width  # kernels write where they are told
+        )
+        if not fits:
             raise EngineSeamError(
-                f"{self.name}: input {list(x.shape)} for a step of {groups.num_rows} rows, "
-                "[num_rows, in_features] is expected; this model's layers are not served yet"
+                f"{self.name}: input {list(x.shape)} and output {list(y.shape)} for a step of "
+                f"{groups.num_rows} rows, [num_rows, in_features] and [num_rows, out_features] are "
+                "expected; this model's layers are not served yet"
             )
         if groups.short is not None:
             self._add_short(x, y, groups.short)
@@ -118,7 +126,7 @@ class RaggedLayer:
         lora_a, parts = self._factors(slot)
         dtype = x.dtype if x.dtype == lora_a.dtype == torch.bfloat16 else torch.float32
         if self.kind == "embedding":
-            shrunk = lora_a[x[rows].long()].to(dtype)
+            shrunk = lora_a[x[rows].long().clamp(0, self.in_features - 1)].to(dtype)
         else:
             shrunk = torch.mm(x[rows].to(dtype), lora_a.to(dtype).t())
         first = 0
@@ -163,7 +171,8 @@ def compile_kernels(kernels: ModuleType, dtype: torch.dtype, scratch: NDArray[np
     Args: dtype: that the model computes in.
     Cost: 10 s the first time on a machine, then numba's cache has it.
     """
-    factors, y, x = np.zeros(2, np.float32), torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1)
+    factors = np.zeros(2, np.float32)
+    x, y = torch.zeros(2, 1, dtype=dtype)[:, None]
     groups = (
         np.zeros(1, np.int64),
         np.array([0, 1]),
@@ -177,5 +186,5 @@ def compile_kernels(kernels: ModuleType, dtype: torch.dtype, scratch: NDArray[np
     )
     output = (y.data_ptr(), y.element_size(), getattr(kernels, _LIKE[dtype]))
     add_linear = kernels.add_linear if len(scratch) == 1 else kernels.add_linear_threaded
-    add_linear(x.to(dtype).data_ptr(), y.element_size(), *output, 1, *groups)
+    add_linear(x.data_ptr(), x.element_size(), *output, 1, *groups)
     kernels.add_embedding(np.zeros(1, np.int64), *output, 1, *groups)

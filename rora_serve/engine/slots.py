@@ -180,9 +180,14 @@ def _placed(
     modules: Mapping[str, LoraModule], sites: Mapping[str, Site | None]
 ) -> list[tuple[LoraModule, Site]]:
     placed, problems = [], []
+    taken: dict[tuple[int, int], str] = {}
     for name, module in modules.items():
         site = sites.get(name)
         problem = _mismatch(module, site)
+        if problem is None and site is not None:
+            other = taken.setdefault((site.layer, site.part), name)
+            if other != name:
+                problem = f"the base model has one place for it and {other}"
         if problem is not None:
             problems.append(f"{name}: {problem}")
         elif site is not None:

@@ -109,10 +109,22 @@ def test_a_load_that_fails_leaves_its_room_and_is_tried_again() -> None:
     asyncio.run(run())
 
 
+def test_what_does_not_fit_beside_the_pinned_is_refused_and_blocks_nobody() -> None:
+    async def run() -> None:
+        engine = Engine(100)
+        await engine.lease("pinned", 40)
+        engine.tier.pin("pinned")
+        with pytest.raises(AdapterMismatchError, match="not pinned have 60"):
+            await engine.lease("large", 70)
+        await engine.lease("small", 5)
+
+    asyncio.run(run())
+
+
 def test_what_never_fits_is_refused_at_once() -> None:
     async def run() -> None:
         engine = Engine(10)
-        with pytest.raises(AdapterMismatchError, match=r"takes 11 bytes, all adapters .* have 10"):
+        with pytest.raises(AdapterMismatchError, match=r"takes 11 bytes, adapters .* have 10"):
             await engine.lease("a", 11)
 
     asyncio.run(run())

@@ -108,6 +108,19 @@ def test_on_gpus_vllm_loads_and_drops_adapters_itself(
     asyncio.run(run())
 
 
+def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
+    model, cgroup = tmp_path / "model", tmp_path / "cgroup"
+    for folder in (model, cgroup):
+        folder.mkdir()
+    (model / "model.safetensors").write_bytes(bytes(1000))
+    without = launch.free_memory(model, cgroup)
+    (cgroup / "memory.max").write_text("max\n")
+    (cgroup / "memory.current").write_text("3000\n")
+    assert launch.free_memory(model, cgroup) == pytest.approx(without, rel=0.2)
+    (cgroup / "memory.max").write_text("10000\n")
+    assert launch.free_memory(model, cgroup) == 6000
+
+
 def test_a_rank_that_vllm_does_not_take_is_refused_at_the_start(
     store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,18 @@ def test_an_adapter_that_does_not_fit_is_refused_with_all_that_does_not(
         read(make(tmp_path / "a", factors))
 
 
+def test_two_modules_of_one_place_are_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", {"m.q": (1, 6, 8), "n.q": (2, 6, 8)})
+    with pytest.raises(AdapterMismatchError, match=r"one place for it and m\.q"):
+        read_slot(
+            folder,
+            lambda name: SITES[name.replace("n.", "m.")],
+            weights_digest=weights_digest(open_artifact(folder)),
+            num_layers=NUM_LAYERS,
+            num_parts=NUM_PARTS,
+        )
+
+
 def test_another_file_than_the_digests_is_refused(tmp_path: Path) -> None:
     folder = make(tmp_path / "a", {"m.q": (3, 6, 8)})
     artifact = open_artifact(folder)
