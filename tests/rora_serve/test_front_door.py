@@ -2,6 +2,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -9,12 +10,13 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
+from starlette.datastructures import State
 
 from adapters import AdapterStore, ResolvedVersion
 from adapters.errors import AdapterMismatchError
 from rora_serve.api.front_door import DIRECTORY_STATE, MAX_BODY_BYTES, FrontDoor, current_adapter
 from rora_serve.api.routes import make_router
-from rora_serve.models import ModelDirectory, ServedBase
+from rora_serve.models import ModelDirectory, ServedAdapter, ServedBase
 
 
 @pytest.fixture
@@ -206,3 +208,72 @@ def test_interleaved_requests_keep_their_own_adapters(client: TestClient) -> Non
         return [answer.text for answer in answers]
 
     assert asyncio.run(ask_all()) == [name * 2 for name in names]
+
+
+@pytest.mark.parametrize(
+    ("hangs_up", "is_whole", "was_answered"),
+    [(False, True, True), (True, True, False), (False, False, False)],
+    ids=["answered", "hung up before the answer", "broken off"],
+)
+def test_an_adapter_is_kept_for_what_vllm_may_still_run(
+    store: AdapterStore,
+    monkeypatch: pytest.MonkeyPatch,
+    hangs_up: bool,
+    is_whole: bool,
+    was_answered: bool,
+) -> None:
+    """vLLM answers a client that hung up, while its engine still gives the request up."""
+    closed: list[bool] = []
+
+    async def app(_: Any, receive: Any, send: Any) -> None:
+        await receive()
+        if hangs_up:
+            assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": not is_whole})
+
+    class Engine:
+        async def load(self, _: int, resolved: ResolvedVersion) -> int:
+            return resolved.version.num_bytes
+
+        async def drop(self, _: int) -> None: ...
+
+    async def run() -> None:
+        directory = ModelDirectory(
+            ServedBase(("base",), "", None), store, Engine(), capacity=1_000_000
+        )
+        close = directory.close
+
+        def noted_close(served: ServedAdapter, *, was_answered: bool) -> None:
+            closed.append(was_answered)
+            close(served, was_answered=was_answered)
+
+        monkeypatch.setattr(directory, "close", noted_close)
+        state = State({DIRECTORY_STATE: directory})
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "app": SimpleNamespace(state=state),
+        }
+        body = json.dumps({"model": "good"}).encode()
+        messages = iter(
+            [
+                {"type": "http.request", "body": body, "more_body": False},
+                {"type": "http.disconnect"},
+            ]
+        )
+
+        async def receive() -> Any:
+            return next(messages)
+
+        sent = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await FrontDoor(app)(scope, receive, send)
+        assert any(name == b"x-rora-adapter" for name, _ in sent[0]["headers"])
+
+    asyncio.run(run())
+    assert closed == [was_answered]
