@@ -1,14 +1,11 @@
 """HostTier: which adapters the engine holds in memory, by bytes; the least recently used goes."""
 
 import asyncio
-import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from adapters.errors import AdapterMismatchError
-
-logger = logging.getLogger(__name__)
 
 # Pinned adapters leave at least this share of the memory to those that come and go.
 MAX_PINNED_SHARE = 0.5
@@ -25,7 +22,8 @@ class _Resident:
 
     @property
     def may_go(self) -> bool:
-        return self.leases == 0 and not self.is_pinned
+        has_arrived = self.arrival is not None and self.arrival.done()
+        return has_arrived and self.leases == 0 and not self.is_pinned
 
 
 class HostTier:
@@ -67,13 +65,13 @@ class HostTier:
             `load` raises.
         """
         resident = self._residents.get(key)
-        pinned = sum(r.num_bytes for r in self._residents.values() if r.is_pinned)
-        if resident is None and num_bytes > self.capacity - pinned:
-            raise AdapterMismatchError(
-                f"takes {num_bytes} bytes, adapters that are not pinned have "
-                f"{self.capacity - pinned}; start the server with a larger --adapter-memory-bytes"
-            )
         if resident is None:
+            left = self.capacity - self._pinned_bytes
+            if num_bytes > left:
+                raise AdapterMismatchError(
+                    f"takes {num_bytes} bytes, adapters that are not pinned have {left}; start the "
+                    "server with a larger --adapter-memory-bytes"
+                )
             resident = _Resident(num_bytes)
             self._residents[key] = resident
             resident.arrival = asyncio.create_task(self._bring_in(key, resident, load))
@@ -90,8 +88,7 @@ class HostTier:
 
     def release(self, key: str) -> None:
         """End one lease."""
-        resident = self._residents[key]
-        self._let_go(resident)
+        self._let_go(self._residents[key])
 
     def pin(self, key: str) -> None:
         """Keep an adapter that is leased now, whatever else comes.
@@ -99,13 +96,11 @@ class HostTier:
         Raises: AdapterMismatchError: pinned adapters would take more than half of the memory.
         """
         resident = self._residents[key]
-        pinned = sum(r.num_bytes for r in self._residents.values() if r.is_pinned)
-        if not resident.is_pinned and (
-            pinned + resident.num_bytes > MAX_PINNED_SHARE * self.capacity
-        ):
+        pinned = self._pinned_bytes + resident.num_bytes
+        if not resident.is_pinned and pinned > MAX_PINNED_SHARE * self.capacity:
             raise AdapterMismatchError(
-                f"pinned adapters would take {pinned + resident.num_bytes} of {self.capacity} "
-                f"bytes, at most {MAX_PINNED_SHARE:.0%} may be pinned; unpin another one"
+                f"pinned adapters would take {pinned} of {self.capacity} bytes, at most "
+                f"{MAX_PINNED_SHARE:.0%} may be pinned; unpin another one"
             )
         resident.is_pinned = True
 
@@ -115,6 +110,10 @@ class HostTier:
         if resident is not None:
             resident.is_pinned = False
             self._released.set()
+
+    @property
+    def _pinned_bytes(self) -> int:
+        return sum(r.num_bytes for r in self._residents.values() if r.is_pinned)
 
     def _let_go(self, resident: _Resident) -> None:
         resident.leases -= 1
@@ -147,7 +146,7 @@ class HostTier:
             for key, resident in self._residents.items():
                 if left + num_bytes <= self.capacity:
                     break
-                if resident.may_go and resident.arrival is not None and resident.arrival.done():
+                if resident.may_go:
                     leaving.append(key)
                     left -= resident.num_bytes
             if not leaving:

@@ -85,11 +85,6 @@ class RaggedLoraManager:
         """Layers of the base model that adapters can change."""
         return len(self._layers)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(slot.num_bytes for slot in list(self._slots.values()))
-
     def publish(self, lora_int_id: int, slot: Slot) -> None:
         """Let the next step use an adapter; from any thread.
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from rora_serve.engine.slots import Slot
 
-NO_ADAPTER = 0  # vLLM's lora_int_id of a request without an adapter
-# Rows of a group from which a matrix product is faster than the compiled loop.
+# Rows of a group from which it goes through matrix products instead of the compiled loop.
 LONG_GROUP = 16
 
 Rows = slice | Tensor

@@ -31,16 +31,7 @@ class RaggedCpuWorker(CPUWorker):
         replace_lora_manager(self.model_runner, make_manager)
 
     def rora_status(self) -> dict[str, Any]:
-        """Answer the start-up handshake and tests.
-
-        Returns: whether our manager is the one in use, on how many layers, with how many bytes of
-            adapters.
-        """
+        """Answer the start-up handshake: is our manager the one in use, on how many layers."""
         in_use: Any = self.model_runner.lora_manager
-        if self._ragged is None or in_use is not self._ragged:
-            return {"active": False}
-        return {
-            "active": True,
-            "num_layers": self._ragged.num_layers,
-            "num_bytes": self._ragged.num_bytes,
-        }
+        active = self._ragged is not None and in_use is self._ragged
+        return {"active": active, "num_layers": self._ragged.num_layers if self._ragged else 0}
