@@ -18,7 +18,7 @@ RUN PIP_NO_CACHE_DIR=1 PYTHON=python3 scripts/setup
 
 FROM python:3.11-slim
 RUN apt-get update -qq \
-    && apt-get install -y -qq --no-install-recommends libnuma1 libgomp1 \
+    && apt-get install -y -qq --no-install-recommends libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 rora && mkdir /store
 COPY --from=build /app /app

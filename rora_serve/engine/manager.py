@@ -6,7 +6,6 @@ host tier says so; the engine's loop reads no file.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,11 +21,13 @@ from rora_serve.engine.compat import base_layers, vllm_module_name
 from rora_serve.engine.hooks import hook_layers
 from rora_serve.engine.loading import read_slot
 from rora_serve.engine.ragged_batch import Groups, RaggedBatch
-from rora_serve.engine.ragged_layers import RaggedLayer, compile_kernels
+from rora_serve.engine.ragged_layers import DTYPES, RaggedLayer
 from rora_serve.engine.slots import Site, Slot
+from rora_serve.engine.threads import Threads
 
 logger = logging.getLogger(__name__)
 
+_ELEMENTS = {dtype: element for element, dtype in DTYPES.items()}
 _KNOWN_NAMES = 65_536  # of modules whose place is remembered
 
 
@@ -39,24 +40,13 @@ class RaggedLoraManager:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        num_threads = torch.get_num_threads()
-        # The threads that torch computes with, bound as vLLM bound them: torch's OpenMP library is
-        # loaded before any other.
-        os.environ["NUMBA_NUM_THREADS"] = str(num_threads)
-        os.environ["NUMBA_THREADING_LAYER"] = "omp"
         # numba must come after vLLM has registered its own kernels, which it has by now.
-        from rora_serve.engine import kernels  # noqa: PLC0415
+        from rora_serve.engine.kernels import Loop  # noqa: PLC0415
 
         self._model = model
         self._slots: dict[int, Slot] = {}
         self._warming_up: set[int] = set()
-        scratch = kernels.new_scratch(num_threads)
-        try:
-            compile_kernels(kernels, dtype, scratch)
-        except ValueError as error:  # numba found no OpenMP
-            logger.warning("adapters get one thread (%s); install libgomp1", error)
-            scratch = kernels.new_scratch(1)
-            compile_kernels(kernels, dtype, scratch)
+        loop = Loop(_ELEMENTS[dtype], Threads(torch.get_num_threads()))
         layers = base_layers(model)
         self._sites = {
             module: Site(index, part, base.kind, base.in_features, size)
@@ -70,8 +60,7 @@ class RaggedLoraManager:
                 base.kind,
                 in_features=base.in_features,
                 parts=tuple(base.parts.values()),
-                kernels=kernels,
-                scratch=scratch,
+                loop=loop,
             )
             for index, base in enumerate(layers)
         ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,33 +11,57 @@ from torch import Tensor
 
 from rora_serve.engine.slots import Slot
 
+if TYPE_CHECKING:
+    from rora_serve.engine.kernels import Job
+
 # Rows of a group from which it goes through matrix products instead of the compiled loop.
 LONG_GROUP = 16
 
 Rows = slice | Tensor
 
 
-@dataclass(frozen=True)
 class ShortGroups:
     """Groups of few rows, with their slots' tables side by side, layer by layer.
 
-    Args:
-        rows: [n] int64, group by group.
-        starts: [num_groups + 1] int64, where each begins in `rows`.
-        addresses: [num_layers, num_groups] int64; 0 where an adapter leaves a layer alone.
-        elements: [num_groups] int64.
-        ranks: [num_layers, num_groups, num_parts] int64.
-        scalings: the same shape, float32.
-        shrunk: [n, largest sum of ranks in a layer] float32, the loop's scratch.
+    Args: groups: slots, and the rows of each.
     """
 
-    rows: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    addresses: NDArray[np.int64]
-    elements: NDArray[np.int64]
-    ranks: NDArray[np.int64]
-    scalings: NDArray[np.float32]
-    shrunk: NDArray[np.float32]
+    def __init__(self, groups: Sequence[tuple[Slot, NDArray[np.int64]]]) -> None:
+        slots = [slot for slot, _ in groups]
+        lengths = [len(rows) for _, rows in groups]
+        self.rows = np.concatenate([rows for _, rows in groups])
+        self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self._elements = np.array([int(slot.element) for slot in slots])
+        # By layer and group.
+        self._blocks = np.stack([slot.addresses for slot in slots], axis=1)
+        self._ranks = np.stack([slot.ranks for slot in slots], axis=1)
+        self._scalings = np.stack([slot.scalings for slot in slots], axis=1)
+        largest = int(self._ranks.sum(axis=2).max())
+        self._shrunk = np.empty((len(self.rows), max(largest, 1)), np.float32)
+        self._fields = {
+            "num_groups": len(slots),
+            "rows": self.rows.ctypes.data,
+            "starts": self.starts.ctypes.data,
+            "elements": self._elements.ctypes.data,
+            "ranks_stride": self._ranks.shape[2],
+            "shrunk": self._shrunk.ctypes.data,
+            "shrunk_stride": self._shrunk.shape[1],
+        }
+        self._tables = {
+            name: (table.ctypes.data, table.strides[0])
+            for name, table in (
+                ("blocks", self._blocks),
+                ("ranks", self._ranks),
+                ("scalings", self._scalings),
+            )
+        }
+
+    def fill(self, job: "Job", layer: int) -> None:
+        """Point a layer's job at these rows; valid as long as this object lives."""
+        for name, value in self._fields.items():
+            setattr(job, name, value)
+        for name, (address, stride) in self._tables.items():
+            setattr(job, name, address + layer * stride)
 
 
 @dataclass(frozen=True)
@@ -117,24 +142,8 @@ class RaggedBatch:
             elif len(others):
                 short.append((slot, others))
         return Groups(
-            len(ids), tuple(long), _side_by_side(short) if short else None, is_touched.tolist()
+            len(ids), tuple(long), ShortGroups(short) if short else None, is_touched.tolist()
         )
-
-
-def _side_by_side(groups: list[tuple[Slot, NDArray[np.int64]]]) -> ShortGroups:
-    slots = [slot for slot, _ in groups]
-    lengths = [len(rows) for _, rows in groups]
-    ranks = np.stack([slot.ranks for slot in slots], axis=1)
-    largest = int(ranks.sum(axis=2).max())
-    return ShortGroups(
-        rows=np.concatenate([rows for _, rows in groups]),
-        starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        addresses=np.stack([slot.addresses for slot in slots], axis=1),
-        elements=np.array([int(slot.element) for slot in slots]),
-        ranks=ranks,
-        scalings=np.stack([slot.scalings for slot in slots], axis=1),
-        shrunk=np.empty((sum(lengths), max(largest, 1)), np.float32),
-    )
 
 
 def _runs(rows: NDArray[np.int64]) -> tuple[list[slice], NDArray[np.int64]]:

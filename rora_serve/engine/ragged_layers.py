@@ -1,10 +1,9 @@
 """RaggedLayer: what adapters add to one layer of the base model, each at its own rank."""
 
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.artifact import Kind
@@ -12,13 +11,10 @@ from adapters.errors import EngineSeamError
 from rora_serve.engine.ragged_batch import Groups, Rows, ShortGroups
 from rora_serve.engine.slots import Element, Slot
 
-_DTYPES = {Element.F32: torch.float32, Element.F16: torch.float16, Element.BF16: torch.bfloat16}
-# What the kernels call the dtypes of a model.
-_LIKE = {
-    torch.float32: "LIKE_FLOAT32",
-    torch.bfloat16: "LIKE_BFLOAT16",
-    torch.float16: "LIKE_FLOAT16",
-}
+if TYPE_CHECKING:
+    from rora_serve.engine.kernels import Loop
+
+DTYPES = {Element.F32: torch.float32, Element.F16: torch.float16, Element.BF16: torch.bfloat16}
 
 
 class RaggedLayer:
@@ -34,8 +30,7 @@ class RaggedLayer:
         kind: of layer.
         in_features: columns of A.
         parts: first output column and number of columns of each part.
-        kernels: rora_serve.engine.kernels; given, since it can not be imported early.
-        scratch: of the kernels, for as many threads as they may use; layers can share it.
+        loop: for groups of few rows, of the model's dtype; layers share it.
     Checked against: tests/reference.py, ragged_delta_loop, and PEFT in a real engine.
     """
 
@@ -47,8 +42,7 @@ class RaggedLayer:
         *,
         in_features: int,
         parts: tuple[tuple[int, int], ...],
-        kernels: ModuleType,
-        scratch: NDArray[np.float32],
+        loop: "Loop",
     ) -> None:
         self.name = name
         self.kind = kind
@@ -56,8 +50,14 @@ class RaggedLayer:
         self.parts = parts
         self._index = index
         self._columns = np.array(parts, np.int64)
-        self._kernels = kernels
-        self._scratch = scratch
+        self._dtype = DTYPES[loop.element]
+        self._loop = loop
+        self._job = loop.new_job()
+        self._job.is_embedding = int(kind == "embedding")
+        self._job.in_features = in_features
+        self._job.num_parts = len(parts)
+        self._job.columns = self._columns.ctypes.data
+        self._filled: ShortGroups | None = None
 
     def add_deltas(self, x: Tensor, y: Tensor, groups: Groups) -> None:
         """Add every group's delta to its rows of `y`, in place.
@@ -70,22 +70,27 @@ class RaggedLayer:
                 layer's input; rows past the step's are padding.
             y: [num_rows or more, out_features]. The layer's output.
         Raises: EngineSeamError: the layer got other rows than the step has, so that they can not be
-            told apart.
+            told apart, or other numbers than the model's.
         """
         if not groups.is_touched[self._index]:
             return  # such layers may see other rows, as those of an image encoder do
         last, width = self.parts[-1]
+        is_linear = self.kind == "linear"
+        # The compiled loop reads and writes where it is told, as what it is told.
         fits = (
-            x.dim() == (2 if self.kind == "linear" else 1)
+            x.dim() == (2 if is_linear else 1)
             and y.dim() == 2
             and min(x.shape[0], y.shape[0]) >= groups.num_rows
-            and y.shape[1] >= last + width  # kernels write where they are told
+            and y.shape[1] >= last + width
+            and (not is_linear or (x.shape[1] == self.in_features and x.dtype == self._dtype))
+            and y.dtype == self._dtype
         )
         if not fits:
             raise EngineSeamError(
-                f"{self.name}: input {list(x.shape)} and output {list(y.shape)} for a step of "
-                f"{groups.num_rows} rows, [num_rows, in_features] and [num_rows, out_features] are "
-                "expected; this model's layers are not served yet"
+                f"{self.name}: input {list(x.shape)} of {x.dtype} and output {list(y.shape)} of "
+                f"{y.dtype} for a step of {groups.num_rows} rows, [num_rows, in_features] and "
+                f"[num_rows, out_features] of {self._dtype} are expected; this model's layers are "
+                "not served yet"
             )
         if groups.short is not None:
             self._add_short(x, y, groups.short)
@@ -94,31 +99,18 @@ class RaggedLayer:
                 self._add_long(x, y, slot, rows)
 
     def _add_short(self, x: Tensor, y: Tensor, short: ShortGroups) -> None:
-        kernels, index = self._kernels, self._index
-        groups = (
-            short.rows,
-            short.starts,
-            short.addresses[index],
-            short.elements,
-            short.ranks[index],
-            short.scalings[index],
-            self._columns,
-            short.shrunk,
-            self._scratch,
-        )
-        result = y if y.stride(-1) == 1 else y.contiguous()
-        stride = result.stride(0) * result.element_size()
-        output = (result.data_ptr(), stride, getattr(kernels, _LIKE[y.dtype]))
+        job = self._job
+        if short is not self._filled:
+            short.fill(job, self._index)
+            self._filled = short
         if self.kind == "embedding":
-            kernels.add_embedding(x.long().numpy(), *output, self.in_features, *groups)
-        else:
-            if x.stride(-1) != 1:
-                x = x.contiguous()
-            matrices = (x.data_ptr(), x.stride(0) * x.element_size(), *output, self.in_features)
-            if len(self._scratch) == 1:
-                kernels.add_linear(*matrices, *groups)
-            else:
-                kernels.add_linear_threaded(*matrices, *groups)
+            x = x.long()
+        elif x.stride(-1) != 1:
+            x = x.contiguous()
+        result = y if y.stride(-1) == 1 else y.contiguous()
+        job.x, job.x_stride = x.data_ptr(), x.stride(0) * x.element_size()
+        job.y, job.y_stride = result.data_ptr(), result.stride(0) * result.element_size()
+        self._loop.run(job)
         if result is not y:
             y.copy_(result)
 
@@ -145,7 +137,7 @@ class RaggedLayer:
 
     def _factors(self, slot: Slot) -> tuple[Tensor, list[tuple[float, Tensor]]]:
         """Return A of all parts [sum of ranks, in_features] and, of each part, scaling and Bᵀ."""
-        dtype, at = _DTYPES[slot.element], int(slot.offsets[self._index])
+        dtype, at = DTYPES[slot.element], int(slot.offsets[self._index])
         ranks = slot.ranks[self._index].tolist()
         shape = (sum(ranks), self.in_features)
 
@@ -163,28 +155,3 @@ class RaggedLayer:
             at += lora_b.nbytes
             parts.append((float(slot.scalings[self._index, part]), lora_b))
         return lora_a, parts
-
-
-def compile_kernels(kernels: ModuleType, dtype: torch.dtype, scratch: NDArray[np.float32]) -> None:
-    """Compile what layers of a model will call, before any request waits for it.
-
-    Args: dtype: that the model computes in.
-    Cost: 10 s the first time on a machine, then numba's cache has it.
-    """
-    factors = np.zeros(2, np.float32)
-    x, y = torch.zeros(2, 1, dtype=dtype)[:, None]
-    groups = (
-        np.zeros(1, np.int64),
-        np.array([0, 1]),
-        np.array([factors.ctypes.data]),
-        np.array([int(Element.F32)]),
-        np.ones((1, 1), np.int64),
-        np.ones((1, 1), np.float32),
-        np.array([[0, 1]]),
-        np.zeros((1, 1), np.float32),
-        scratch,
-    )
-    output = (y.data_ptr(), y.element_size(), getattr(kernels, _LIKE[dtype]))
-    add_linear = kernels.add_linear if len(scratch) == 1 else kernels.add_linear_threaded
-    add_linear(x.data_ptr(), x.element_size(), *output, 1, *groups)
-    kernels.add_embedding(np.zeros(1, np.int64), *output, 1, *groups)

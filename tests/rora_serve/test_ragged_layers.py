@@ -2,6 +2,8 @@
 
 import importlib
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,13 +14,21 @@ from hypothesis import strategies as st
 
 from adapters.errors import EngineSeamError
 from rora_serve.engine.ragged_batch import LONG_GROUP, RaggedBatch
-from rora_serve.engine.ragged_layers import RaggedLayer, compile_kernels
+from rora_serve.engine.ragged_layers import DTYPES, RaggedLayer
 from rora_serve.engine.slots import Slot
+from rora_serve.engine.threads import Threads
 from tests.reference import ATOL, Array, ragged_delta_loop
 from tests.rora_serve.slots import make_slot
 
 # As rora_serve.engine.manager does: numba must come after vLLM.
 kernels = importlib.import_module("rora_serve.engine.kernels")
+
+
+@cache
+def make_loop(dtype: torch.dtype, num_threads: int) -> Any:
+    (element,) = (element for element, of in DTYPES.items() if of == dtype)
+    return kernels.Loop(element, Threads(num_threads))
+
 
 IN = 7
 # A fused layer: three parts of unequal sizes, one after the other; the second layer is plain.
@@ -50,15 +60,20 @@ def make_adapter(
     return make_slot(stored, num_layers=len(LAYERS), num_parts=3), factors
 
 
-def make_layer(index: int, *, num_threads: int = 1, in_features: int = IN) -> RaggedLayer:
+def make_layer(
+    index: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_threads: int = 1,
+    in_features: int = IN,
+) -> RaggedLayer:
     return RaggedLayer(
         f"layer {index}",
         index,
         "linear",
         in_features=in_features,
         parts=LAYERS[index],
-        kernels=kernels,
-        scratch=kernels.new_scratch(num_threads),
+        loop=make_loop(dtype, num_threads),
     )
 
 
@@ -96,7 +111,7 @@ def check(
         factors = {key: of_adapter for key, (_, of_adapter) in adapters.items()}
         expected = expected_output(x, y, padded, factors, index)
         result = y.clone()
-        layer = make_layer(index, num_threads=num_threads, in_features=in_features)
+        layer = make_layer(index, dtype=dtype, num_threads=num_threads, in_features=in_features)
         layer.add_deltas(x, result, batch.tokens)
         # Relative to the sums: a rank of 128 adds up 128 products.
         scale = max(1.0, float(np.abs(expected).max()))
@@ -170,17 +185,6 @@ def test_wide_rows_are_shared_out_among_threads() -> None:
         check([1, 2, 0, 1], adapters, torch.float32, num_threads=num_threads, in_features=3000)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_what_layers_call_is_compiled_beforehand(dtype: torch.dtype, num_threads: int) -> None:
-    compile_kernels(kernels, dtype, kernels.new_scratch(num_threads))
-    functions = (kernels.add_linear, kernels.add_linear_threaded, kernels.add_embedding)
-    before = [len(function.signatures) for function in functions]
-    adapters = {key: make_adapter(key, ([2, 1, 3], [4]), torch.bfloat16) for key in range(1, 6)}
-    check([1, 2, 0, 3, 4, 5, 1], adapters, dtype, num_threads=num_threads)
-    assert [len(function.signatures) for function in functions] == before
-
-
 def test_an_embedding_adds_what_its_tokens_select() -> None:
     generator = np.random.default_rng(0)
     vocabulary, hidden, rank = 50, 12, 3
@@ -193,8 +197,7 @@ def test_an_embedding_adds_what_its_tokens_select() -> None:
         "embedding",
         in_features=vocabulary,
         parts=((0, hidden),),
-        kernels=kernels,
-        scratch=kernels.new_scratch(1),
+        loop=make_loop(torch.float32, 2),
     )
     for count in (3, LONG_GROUP):
         ids = [1] * count + [0, 0]
