@@ -1,29 +1,23 @@
-"""Where our layers hang on vLLM's: forward hooks, and one opaque operator for compiled graphs."""
+"""Where our layers hang on vLLM's: behind forward, and one opaque operator in compiled graphs."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from rora_serve.engine.compat import BaseLayer, wrap_head
 
-
-class AddDeltas(Protocol):
-    """Adds the step's deltas to what layer `index` returned, in place."""
-
-    def __call__(self, x: Tensor, y: Tensor, index: int, *, is_head: bool) -> None:
-        """Change `y`."""
-
+# Adds the step's deltas to what a layer made of x, in place.
+AddDeltas = Callable[[Tensor, Tensor], None]
 
 # torch.compile traces the model once for all batches. To it a layer's step is one operator that
 # changes y and is looked at no further; what it does depends on the batch of the moment.
 _OPERATORS = torch.library.Library("rora_serve", "DEF")
 # By its name, since a graph from vLLM's cache may be older than the order of our layers.
 _OPERATORS.define("add_deltas(Tensor x, Tensor(a!) y, str layer) -> ()")
-_in_use: dict[str, Callable[[Tensor, Tensor], None]] = {}
+_in_use: dict[str, AddDeltas] = {}
 
 
 def _add_deltas(x: Tensor, y: Tensor, layer: str) -> None:
@@ -34,33 +28,31 @@ _OPERATORS.impl("add_deltas", _add_deltas, "CPU")
 torch.library.register_fake("rora_serve::add_deltas", lambda *_: None, lib=_OPERATORS)
 
 
-def hook_layers(layers: list[BaseLayer], add_deltas: AddDeltas) -> None:
-    """Let `add_deltas` see each layer's input and output; its index is the place in the list.
+def hook_layers(layers: Iterable[tuple[BaseLayer, AddDeltas]]) -> None:
+    """Let functions see what layers got and returned, and change the latter.
 
     One model a process: the operator knows layers by name.
     """
     _in_use.clear()
-    for index, base in enumerate(layers):
-        _in_use[base.name] = partial(add_deltas, index=index, is_head=False)
+    for base, add in layers:
+        _in_use[base.name] = add
         if isinstance(base.module, LogitsProcessor):
-            wrap_head(base.module, _head(add_deltas, index))
+            wrap_head(base.module, add)
         else:
-            base.module.register_forward_hook(_hook(_in_use[base.name], base.name))
+            # Not by a forward hook of torch's, which makes calls slower (docs/decisions/0002).
+            base.module.__class__ = _hooked(type(base.module), base.name, add)
 
 
-def _hook(add: Callable[[Tensor, Tensor], None], layer: str) -> Any:
-    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+def _hooked(layer_class: Any, name: str, add: AddDeltas) -> Any:
+    """Return a layer's class with our part behind its forward."""
+
+    def forward(self: Any, x: Tensor, *more: Any, **options: Any) -> Any:
+        output = layer_class.forward(self, x, *more, **options)
         y = output[0] if isinstance(output, tuple) else output  # some layers return (output, bias)
         if torch.compiler.is_compiling():
-            torch.ops.rora_serve.add_deltas(inputs[0], y, layer)
+            torch.ops.rora_serve.add_deltas(x, y, name)
         else:
-            add(inputs[0], y)
+            add(x, y)
+        return output
 
-    return hook
-
-
-def _head(add_deltas: AddDeltas, index: int) -> Any:
-    def hook(hidden: Tensor, logits: Tensor) -> None:
-        add_deltas(hidden, logits, index, is_head=True)
-
-    return hook
+    return type(layer_class.__name__, (layer_class,), {"forward": forward})

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from adapters.errors import EngineSeamError
 from rora_serve.engine.compat import base_layers, vllm_module_name
-from rora_serve.engine.hooks import hook_layers
+from rora_serve.engine.hooks import AddDeltas, hook_layers
 from rora_serve.engine.loading import read_slot
 from rora_serve.engine.ragged_batch import Groups, RaggedBatch
 from rora_serve.engine.ragged_layers import DTYPES, RaggedLayer
@@ -67,7 +68,10 @@ class RaggedLoraManager:
         self.num_parts = max((len(base.parts) for base in layers), default=1)
         self._batch = RaggedBatch(len(layers))
         self.site = lru_cache(maxsize=_KNOWN_NAMES)(self._find_site)
-        hook_layers(layers, self._add_deltas)
+        hook_layers(
+            (base, self._adding(index, is_head=isinstance(base.module, LogitsProcessor)))
+            for index, base in enumerate(layers)
+        )
 
     @property
     def num_layers(self) -> int:
@@ -84,11 +88,16 @@ class RaggedLoraManager:
     def _find_site(self, module: str) -> Site | None:
         return self._sites.get(vllm_module_name(module, self._model))
 
-    def _add_deltas(self, x: Tensor, y: Tensor, index: int, *, is_head: bool) -> None:
-        # Base-only steps end here, and so does the warm-up, whose logits are of no step's rows.
-        if self._batch.tokens.is_touched[index]:
-            groups = self._groups_of_head(x) if is_head else self._batch.tokens
-            self._layers[index].add_deltas(x, y, groups)
+    def _adding(self, index: int, *, is_head: bool) -> AddDeltas:
+        batch, layer = self._batch, self._layers[index]
+
+        def add_deltas(x: Tensor, y: Tensor) -> None:
+            groups = batch.tokens
+            # Base-only steps end here, and so does the warm-up, whose logits are of no step's rows.
+            if groups.is_touched[index]:
+                layer.add_deltas(x, y, self._groups_of_head(x) if is_head else groups)
+
+        return add_deltas
 
     def _groups_of_head(self, hidden: Tensor) -> Groups:
         """Return the rows of which logits are wanted: those that are sampled, or a prompt's own.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rora_serve.engine.compat import BaseLayer
-from rora_serve.engine.hooks import hook_layers
+from rora_serve.engine.hooks import AddDeltas, hook_layers
 
 
 class Layer(nn.Linear):
@@ -33,15 +33,17 @@ def hooked(seen: list[tuple[int, int]]) -> Model:
     """A model whose layers all give a little more, by which their order can be told."""
     model = Model()
 
-    def add(x: Tensor, y: Tensor, index: int, *, is_head: bool) -> None:
-        assert not is_head
-        seen.append((index, x.shape[0]))
-        y += 10.0**-index
+    def adding(index: int) -> AddDeltas:
+        def add(x: Tensor, y: Tensor) -> None:
+            seen.append((index, x.shape[0]))
+            y += 10.0**-index
 
-    layers = [
-        BaseLayer(name, module, "linear", 0, {}) for name, module in list(model.named_children())
-    ]
-    hook_layers(layers, add)
+        return add
+
+    hook_layers(
+        (BaseLayer(name, module, "linear", 0, {}), adding(index))
+        for index, (name, module) in enumerate(list(model.named_children()))
+    )
     return model
 
 
@@ -60,3 +62,5 @@ def test_each_layers_output_is_changed_in_place(is_compiled: bool) -> None:
         seen.clear()
         torch.testing.assert_close(run(ids), expected)
         assert seen == [(0, count), (1, count), (2, count)], "once each, whatever the shapes"
+    assert isinstance(model.first, Layer)
+    assert type(model.first).__name__ == "Layer", "which vLLM's own code may look at"
