@@ -1,37 +1,44 @@
-"""The compiled loop for short groups of rows: y[row] += (scaling * x[row] Aᵀ) Bᵀ at real ranks.
+"""The compiled loop: y[row] += scaling * (x[row] Aᵀ) Bᵀ for groups of rows, at real ranks.
 
-A row alone reads every factor once and does two operations with each number, so that memory decides
-the speed: factors are read in the order in which they lie, where they lie, in the dtype that they
-have. Sums are float32 whatever that is.
+With few rows an adapter's factors are read once and two operations are done with each number, so
+that memory decides the speed: factors are read in the order in which they lie, where they lie, in
+the dtype that they have, and asked for ahead. With many rows it is a product of matrices, of which
+tiles are summed up in registers. Sums are float32 whatever the dtypes.
 
 The loop is a C function of one address, that of a Job, so that calling it costs a microsecond. It
-works on addresses and on vectors of its own: numba's arrays count references and check indices,
-which costs more than the sums of a short row, and its loops can not ask for memory ahead.
+works on addresses, since numba's arrays count references and check indices, which costs more than
+the sums of a short row. Tiles are written in LLVM's own instructions, for which numba has no words:
+vectors, 16-bit floats, asking for memory ahead.
 
 Import this module only in a worker that runs: numba must come after vLLM has registered its own
 kernels.
 """
 
 import ctypes
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic, models, register_model
+from llvmlite import binding, ir
+from numba import carray, cfunc, config, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from rora_serve.engine.slots import Element
+from rora_serve.engine.slots import PANEL, Element
 from rora_serve.engine.threads import Threads
 
-_LANES = 16  # numbers of a vector, a cache line of float32
-_CHUNK = 1024  # columns of y that are summed up in the first-level cache
-_BLOCK = 8  # rows that share one reading of B
-_AHEAD = 4096  # bytes of factors that are asked for before they are read
-# All that lets sums be vectorised; not-a-number stays what it is.
-_FAST = {"reassoc", "nsz", "contract", "arcp"}
+# A tile is as many rows of x and y, and as many rows of A or vectors of a row of Bᵀ, as fill the
+# registers with sums: 16 of 32 with AVX-512, else 12 of 16 or more.
+_FEATURES = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()
+_HAS_AVX512 = "+avx512f" in _FEATURES.split(",")
+_LANES = 16 if _HAS_AVX512 else 8  # float32 of a vector
+_ROWS = 4 if _HAS_AVX512 else 3
+_FACTORS = 4
+_MANY = 16  # rows from which on threads share a group's rows, not its factors
+_BLOCK = 32  # rows whose part of x and y stays in the second-level cache
+_FAST = {"nsz", "contract", "arcp"}
 _FLOAT32, _BFLOAT16 = int(Element.F32), int(Element.BF16)
-
-_SCRATCH_BYTES = _BLOCK * _CHUNK * 4  # that every thread sums up in
 
 # What tells compiled functions which numbers lie at an address. numba has neither 16-bit float, so
 # that two integers stand for them.
@@ -44,7 +51,7 @@ _LIKE = {
 
 
 class Job(ctypes.Structure):
-    """A layer's short groups of rows in one step. Numbers and addresses, all int64.
+    """A layer's groups of rows in one step. Numbers and addresses, all int64.
 
     Args:
         x, x_stride: address of [num_rows, in_features] and bytes from row to row; of an embedding,
@@ -61,7 +68,6 @@ class Job(ctypes.Structure):
         ranks, scalings: [num_groups, largest num_parts] int64 and float32.
         ranks_stride: largest num_parts of all layers.
         shrunk, shrunk_stride: [n, shrunk_stride] float32, for what is between A and B.
-        scratch: _SCRATCH_BYTES a thread.
         thread_num, num_threads, barrier: functions of OpenMP; all 0 outside of its regions.
     """
 
@@ -70,7 +76,7 @@ class Job(ctypes.Structure):
         for name in (
             "x", "x_stride", "y", "y_stride", "is_embedding", "in_features", "num_parts", "columns",
             "num_groups", "rows", "starts", "blocks", "elements", "ranks", "scalings",
-            "ranks_stride", "shrunk", "shrunk_stride", "scratch", "thread_num", "num_threads",
+            "ranks_stride", "shrunk", "shrunk_stride", "thread_num", "num_threads",
             "barrier",
         )
     ]  # fmt: skip
@@ -79,73 +85,114 @@ class Job(ctypes.Structure):
 _JOB = types.Record.make_c_struct([(field[0], types.int64) for field in Job._fields_])
 
 
-class _Vector(types.Type):  # type: ignore[misc]  # numba has no types of its own
-    """16 float32, in as many registers as a processor needs for them."""
-
-    def __init__(self) -> None:
-        super().__init__(name="rora_vector")
-
-
-_vector = _Vector()
-_FLOAT, _BITS_32, _BITS_16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
-_FLOATS = ir.VectorType(_FLOAT, _LANES)
-
-
-@register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, manager: Any, numba_type: Any) -> None:
-        super().__init__(manager, numba_type, _FLOATS)
-
-
-def _pointer(builder: Any, address: Any, index: Any, like: Any, lanes: int) -> Any:
-    """Return LLVM's pointer to the element at `index` after `address`."""
-    stored = _FLOAT if like == types.float32 else _BITS_16
-    element = builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
-    if lanes == 1:
-        return element
-    return builder.bitcast(element, ir.VectorType(stored, lanes).as_pointer())
-
-
-def _alike(number: int, kind: Any) -> Any:
-    """Return a constant of an integer type, or a vector of such."""
-    return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
+_FLOAT, _HALF = ir.FloatType(), ir.HalfType()
+_BITS_64, _BITS_32, _BITS_16, _BITS_8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
 
 
 def _wide(kind: Any, lanes: int) -> Any:
     return kind if lanes == 1 else ir.VectorType(kind, lanes)
 
 
-def _loaded(builder: Any, pointer: Any, like: Any, lanes: int) -> Any:
-    found = builder.load(pointer, align=like.bitwidth // 8)
-    if like == types.uint16:
-        bits = _wide(_BITS_32, lanes)
-        shifted = builder.shl(builder.zext(found, bits), _alike(16, bits))
-        return builder.bitcast(shifted, _wide(_FLOAT, lanes))
-    if like == types.int16:
-        halves = builder.bitcast(found, _wide(ir.HalfType(), lanes))
-        return builder.fpext(halves, _wide(_FLOAT, lanes))
-    return found
+def _int_constant(number: int, lanes: int) -> Any:
+    return ir.Constant(_wide(_BITS_32, lanes), number if lanes == 1 else [number] * lanes)
 
 
-def _rounded(builder: Any, number: Any, like: Any, lanes: int) -> Any:
-    """Round to the nearest, ties to even."""
-    if like == types.uint16:
-        kind = _wide(_BITS_32, lanes)
-        bits = builder.bitcast(number, kind)
-        last = builder.and_(builder.lshr(bits, _alike(16, kind)), _alike(1, kind))
-        nearest = builder.add(bits, builder.add(last, _alike(0x7FFF, kind)))
-        is_nan = builder.fcmp_unordered("uno", number, number)
-        kept = builder.lshr(builder.select(is_nan, bits, nearest), _alike(16, kind))
-        return builder.trunc(kept, _wide(_BITS_16, lanes))
-    if like == types.int16:
-        halves = builder.fptrunc(number, _wide(ir.HalfType(), lanes))
-        return builder.bitcast(halves, _wide(_BITS_16, lanes))
-    return number
+class _Builder:
+    """LLVM instructions for numbers at addresses; all addresses are int64.
 
+    Args:
+        builder: llvmlite's.
+        lanes: float32 of a vector; 1 for plain numbers.
+    """
 
-def _function(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
-    kind = ir.FunctionType(result, arguments)
-    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    def __init__(self, builder: Any, lanes: int) -> None:
+        self.builder = builder
+        self.lanes = lanes
+
+    def plus(self, address: Any, *terms: Any) -> Any:
+        for term in terms:
+            address = self.builder.add(address, term)
+        return address
+
+    def times(self, a: Any, b: Any) -> Any:
+        return self.builder.mul(a, b if isinstance(b, ir.Value) else _BITS_64(b))
+
+    def integer(self, address: Any, index: int) -> Any:
+        pointer = self.builder.inttoptr(address, _BITS_64.as_pointer())
+        return self.builder.load(self.builder.gep(pointer, [_BITS_32(index)]))
+
+    def load(self, address: Any, like: Any) -> Any:
+        """Return the numbers at an address, as float32."""
+        stored = _FLOAT if like == types.float32 else _BITS_16
+        pointer = self.builder.inttoptr(address, _wide(stored, self.lanes).as_pointer())
+        found = self.builder.load(pointer, align=like.bitwidth // 8)
+        if like == types.uint16:
+            bits = self.builder.zext(found, _wide(_BITS_32, self.lanes))
+            shifted = self.builder.shl(bits, _int_constant(16, self.lanes))
+            return self.builder.bitcast(shifted, _wide(_FLOAT, self.lanes))
+        if like == types.int16:
+            halves = self.builder.bitcast(found, _wide(_HALF, self.lanes))
+            return self.builder.fpext(halves, _wide(_FLOAT, self.lanes))
+        return found
+
+    def store(self, number: Any, address: Any, like: Any) -> None:
+        """Write float32 numbers, rounded to the nearest, ties to even."""
+        b, lanes = self.builder, self.lanes
+        if like == types.uint16:
+            bits = b.bitcast(number, _wide(_BITS_32, lanes))
+            last = b.and_(b.lshr(bits, _int_constant(16, lanes)), _int_constant(1, lanes))
+            nearest = b.add(bits, b.add(last, _int_constant(0x7FFF, lanes)))
+            is_nan = b.fcmp_unordered("uno", number, number)
+            kept = b.lshr(b.select(is_nan, bits, nearest), _int_constant(16, lanes))
+            number = b.trunc(kept, _wide(_BITS_16, lanes))
+        elif like == types.int16:
+            number = b.bitcast(b.fptrunc(number, _wide(_HALF, lanes)), _wide(_BITS_16, lanes))
+        pointer = b.inttoptr(address, number.type.as_pointer())
+        b.store(number, pointer, align=like.bitwidth // 8)
+
+    def all(self, number: Any) -> Any:
+        """Return a vector of one number."""
+        if self.lanes == 1:
+            return number
+        kind = _wide(_FLOAT, self.lanes)
+        one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), number, _BITS_32(0))
+        return self.builder.shuffle_vector(one, one, _int_constant(0, self.lanes))
+
+    def zero(self) -> Any:
+        """Return a variable, 0 at first."""
+        kind = _wide(_FLOAT, self.lanes)
+        return cgutils.alloca_once_value(self.builder, ir.Constant(kind, None))
+
+    def times_plus(self, a: Any, b: Any, c: Any) -> Any:
+        """Return a * b + c, in one rounding where the processor can."""
+        kind = _wide(_FLOAT, self.lanes)
+        name = "llvm.fmuladd." + ("f32" if self.lanes == 1 else f"v{self.lanes}f32")
+        return self.call(name, kind, a, b, c)
+
+    def sum(self, numbers: Any) -> Any:
+        if self.lanes == 1:
+            return numbers
+        name = f"llvm.vector.reduce.fadd.v{self.lanes}f32"
+        return self.call(name, _FLOAT, _FLOAT(0), numbers, fastmath=("reassoc",))
+
+    def prefetch(self, address: Any) -> None:
+        """Ask for a cache line that will be read soon."""
+        pointer = self.builder.inttoptr(address, _BITS_8.as_pointer())
+        flags = (_BITS_32(0), _BITS_32(3), _BITS_32(1))  # to read, into all caches, data
+        self.call("llvm.prefetch.p0i8", ir.VoidType(), pointer, *flags)
+
+    def call(self, name: str, result: Any, *arguments: Any, fastmath: tuple[str, ...] = ()) -> Any:
+        module = self.builder.module
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = module.globals.get(name) or ir.Function(module, kind, name)
+        return self.builder.call(function, arguments, fastmath=fastmath)
+
+    def steps(self, start: Any, stop: Any, step: int) -> AbstractContextManager[Any]:
+        """Loop over the whole steps from start to stop."""
+        one_less = self.builder.sub(stop, _BITS_64(step - 1))
+        return cgutils.for_range_slice(  # type: ignore[no-any-return]
+            self.builder, start, one_less, _BITS_64(step), _BITS_64
+        )
 
 
 @intrinsic
@@ -163,103 +210,31 @@ def _int(_: Any, address: Any, index: Any) -> Any:
     """The int64 at `index` after `address`."""
 
     def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        pointer = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
-        return builder.load(builder.gep(pointer, [values[1]]))
+        return _Builder(builder, 1).integer(
+            builder.add(values[0], builder.mul(values[1], _BITS_64(8))), 0
+        )
 
     return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
-def _get(_: Any, address: Any, index: Any, like: Any) -> Any:
-    """The number at `index` after `address`, as float32."""
+def _get(_: Any, address: Any, like: Any) -> Any:
+    """The number at an address, as float32."""
 
     def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        return _loaded(builder, _pointer(builder, values[0], values[1], like, 1), like, 1)
+        return _Builder(builder, 1).load(values[0], like)
 
-    return types.float32(types.int64, types.int64, like), generate
+    return types.float32(types.int64, like), generate
 
 
 @intrinsic
-def _put(_: Any, address: Any, index: Any, number: Any, like: Any) -> Any:
-    """Round a float32 and write it at `index` after `address`."""
+def _put(_: Any, address: Any, number: Any) -> Any:
+    """Write a float32."""
 
     def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        pointer = _pointer(builder, values[0], values[1], like, 1)
-        builder.store(_rounded(builder, values[2], like, 1), pointer)
+        _Builder(builder, 1).store(values[1], values[0], types.float32)
 
-    return types.void(types.int64, types.int64, types.float32, like), generate
-
-
-@intrinsic
-def _get_vector(_: Any, address: Any, index: Any, like: Any) -> Any:
-    """16 numbers from `index` after `address` on."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        return _loaded(builder, _pointer(builder, values[0], values[1], like, _LANES), like, _LANES)
-
-    return _vector(types.int64, types.int64, like), generate
-
-
-@intrinsic
-def _put_vector(_: Any, address: Any, index: Any, numbers: Any, like: Any) -> Any:
-    """Round 16 numbers and write them from `index` after `address` on."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        pointer = _pointer(builder, values[0], values[1], like, _LANES)
-        rounded = _rounded(builder, values[2], like, _LANES)
-        builder.store(rounded, pointer, align=like.bitwidth // 8)
-
-    return types.void(types.int64, types.int64, _vector, like), generate
-
-
-@intrinsic
-def _all(_: Any, number: Any) -> Any:
-    """A vector of one number."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), values[0], _BITS_32(0))
-        lanes = ir.Constant(ir.VectorType(_BITS_32, _LANES), [0] * _LANES)
-        return builder.shuffle_vector(one, one, lanes)
-
-    return _vector(types.float32), generate
-
-
-@intrinsic
-def _times_plus(_: Any, a: Any, b: Any, c: Any) -> Any:
-    """Return a * b + c of vectors, in one rounding where the processor can."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        function = _function(builder, f"llvm.fmuladd.v{_LANES}f32", _FLOATS, *[_FLOATS] * 3)
-        return builder.call(function, values)
-
-    return _vector(_vector, _vector, _vector), generate
-
-
-@intrinsic
-def _sum(_: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """The sum of all numbers of four vectors."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        total = builder.fadd(builder.fadd(values[0], values[1]), builder.fadd(values[2], values[3]))
-        function = _function(
-            builder, f"llvm.vector.reduce.fadd.v{_LANES}f32", _FLOAT, _FLOAT, _FLOATS
-        )
-        return builder.call(function, [_FLOAT(0), total], fastmath=("reassoc",))
-
-    return types.float32(_vector, _vector, _vector, _vector), generate
-
-
-@intrinsic
-def _prefetch(_: Any, address: Any) -> Any:
-    """Ask for a cache line that will be read soon."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        function = _function(builder, "llvm.prefetch.p0i8", ir.VoidType(), byte, *[_BITS_32] * 3)
-        pointer = builder.inttoptr(values[0], byte)
-        builder.call(function, [pointer, _BITS_32(0), _BITS_32(3), _BITS_32(1)])
-
-    return types.void(types.int64), generate
+    return types.void(types.int64, types.float32), generate
 
 
 @intrinsic
@@ -273,304 +248,321 @@ def _call(_: Any, function: Any) -> Any:
     return types.int32(types.int64), generate
 
 
+def _new_dots(num_rows: int, num_factors: int) -> Callable[..., None]:
+    """Return a tile of x Aᵀ: out[i, r] = x[rows[i]] . A[r] for a few rows of each."""
+
+    @intrinsic
+    def dots(
+        _: Any, x: Any, x_stride: Any, rows: Any, a: Any, length: Any, out: Any, out_stride: Any,
+        ahead: Any, like_x: Any, like_a: Any,
+    ) -> Any:  # fmt: skip
+        """See above.
+
+        Args:
+            x, rows, a, out: addresses; the first of `rows`, A and `out` are the tile's own.
+            x_stride, out_stride: bytes from row to row.
+            length: of a row of A; the next one follows.
+            ahead: bytes from what is read of A to what is asked for.
+        """
+
+        def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
+            x, x_stride, rows, a, length, out, out_stride, ahead, *____ = values
+            vectors, numbers = _Builder(builder, _LANES), _Builder(builder, 1)
+            size_x, size_a = like_x.bitwidth // 8, like_a.bitwidth // 8
+            x_rows = [
+                numbers.plus(x, numbers.times(numbers.integer(rows, i), x_stride))
+                for i in range(num_rows)
+            ]
+            row_bytes = numbers.times(length, size_a)
+            a_rows = [numbers.plus(a, numbers.times(row_bytes, r)) for r in range(num_factors)]
+            tile = [(i, r) for i in range(num_rows) for r in range(num_factors)]
+
+            def add(to: _Builder, sums: Any, c: Any) -> None:
+                a_offset, x_offset = to.times(c, size_a), to.times(c, size_x)
+                factors = [to.load(to.plus(row, a_offset), like_a) for row in a_rows]
+                inputs = [to.load(to.plus(row, x_offset), like_x) for row in x_rows]
+                for i, r in tile:
+                    total = to.times_plus(inputs[i], factors[r], builder.load(sums[i, r]))
+                    builder.store(total, sums[i, r])
+
+            sums = {place: vectors.zero() for place in tile}
+            with vectors.steps(_BITS_64(0), length, _LANES) as (c, ______):
+                for row in a_rows:
+                    vectors.prefetch(vectors.plus(row, vectors.times(c, size_a), ahead))
+                add(vectors, sums, c)
+            rests = {place: numbers.zero() for place in tile}
+            whole = builder.and_(length, _BITS_64(-_LANES))
+            with numbers.steps(whole, length, 1) as (c, ______):
+                add(numbers, rests, c)
+            for i, r in tile:
+                vector, rest = builder.load(sums[i, r]), builder.load(rests[i, r])
+                total = builder.fadd(vectors.sum(vector), rest)
+                place = numbers.plus(out, numbers.times(out_stride, i), _BITS_64(4 * r))
+                numbers.store(total, place, types.float32)
+
+        return types.void(*[types.int64] * 8, like_x, like_a), generate
+
+    return dots  # type: ignore[no-any-return]
+
+
+def _new_add_tile(num_rows: int, num_vectors: int, lanes: int) -> Callable[..., None]:
+    """Return a tile of s Bᵀ: y[rows[i]] += scaling * s[i] Bᵀ for a few rows and columns."""
+
+    @intrinsic
+    def add_tile(
+        _: Any, y: Any, y_stride: Any, rows: Any, s: Any, s_stride: Any, b: Any, b_stride: Any,
+        rank: Any, ahead: Any, scaling: Any, like_y: Any, like_b: Any,
+    ) -> Any:  # fmt: skip
+        """See above.
+
+        Args:
+            y, rows, s, b: addresses; the first of `rows`, s and Bᵀ, and the first column of y, are
+                the tile's own.
+            y_stride, s_stride, b_stride: bytes from row to row.
+            rank: rows of Bᵀ, of which `ahead` are asked for before they are read.
+        """
+
+        def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
+            y, y_stride, rows, s, s_stride, b, b_stride, rank, ahead, scaling, *____ = values
+            to = _Builder(builder, lanes)
+            numbers = _Builder(builder, 1)
+            size_y, size_b = like_y.bitwidth // 8, like_b.bitwidth // 8
+            y_rows = [to.plus(y, to.times(to.integer(rows, i), y_stride)) for i in range(num_rows)]
+            for i in range(num_rows, 2 * num_rows):  # the next tile's
+                next_row = to.plus(y, to.times(to.integer(rows, i), y_stride))
+                for offset in range(0, num_vectors * lanes * size_y, 64):
+                    to.prefetch(to.plus(next_row, _BITS_64(offset)))
+            s_rows = [to.plus(s, to.times(s_stride, i)) for i in range(num_rows)]
+            tile = [(i, v) for i in range(num_rows) for v in range(num_vectors)]
+            sums = {place: to.zero() for place in tile}
+            with to.steps(_BITS_64(0), rank, 1) as (r, ______):
+                row = to.plus(b, to.times(r, b_stride))
+                for offset in range(0, num_vectors * lanes * size_b, 64):
+                    to.prefetch(to.plus(row, ahead, _BITS_64(offset)))
+                factors = [
+                    to.load(to.plus(row, _BITS_64(v * lanes * size_b)), like_b)
+                    for v in range(num_vectors)
+                ]
+                for i, s_row in enumerate(s_rows):
+                    one = numbers.load(to.plus(s_row, to.times(r, 4)), types.float32)
+                    weight = to.all(one)
+                    for v, factor in enumerate(factors):
+                        total = to.times_plus(weight, factor, builder.load(sums[i, v]))
+                        builder.store(total, sums[i, v])
+            all_scaling = to.all(scaling)
+            for i, v in tile:
+                place = to.plus(y_rows[i], _BITS_64(v * lanes * size_y))
+                total = to.times_plus(all_scaling, builder.load(sums[i, v]), to.load(place, like_y))
+                to.store(total, place, like_y)
+
+        return types.void(*[types.int64] * 9, types.float32, like_y, like_b), generate
+
+    return add_tile  # type: ignore[no-any-return]
+
+
+_dots = _new_dots(_ROWS, _FACTORS)
+_dots_of_one_factor = _new_dots(_ROWS, 1)
+_dots_of_one_row = _new_dots(1, _FACTORS)
+_dot = _new_dots(1, 1)
+_add_tile = _new_add_tile(_ROWS, _FACTORS, _LANES)
+_add_vectors_to_one_row = _new_add_tile(1, _FACTORS, _LANES)
+_add_vector_to_one_row = _new_add_tile(1, 1, _LANES)
+_add_number_to_one_row = _new_add_tile(1, 1, 1)
+_TILE_COLUMNS = _FACTORS * _LANES
+
 _compiled = njit(nogil=True, fastmath=_FAST, error_model="numpy")
 _inlined = njit(nogil=True, fastmath=_FAST, error_model="numpy", forceinline=True)
 
 
 @_inlined
-def _rest(x: Any, like_x: Any, row: Any, like: Any, first: Any, length: Any) -> Any:
-    """The product of what is left of two rows after their vectors."""
-    total = np.float32(0)
-    for c in range(first, length):
-        total += _get(x, c, like_x) * _get(row, c, like)
-    return total
-
-
-@_inlined
-def _dot(x: Any, like_x: Any, row: Any, like: Any, length: Any) -> Any:
-    zero = _all(np.float32(0))
-    t0, t1, t2, t3 = zero, zero, zero, zero
-    c = 0
-    while c + 4 * _LANES <= length:
-        for line in range(0, 4 * _LANES * _size(like), 64):
-            _prefetch(row + c * _size(like) + line + _AHEAD)
-        c1, c2, c3 = c + _LANES, c + 2 * _LANES, c + 3 * _LANES
-        t0 = _times_plus(_get_vector(x, c, like_x), _get_vector(row, c, like), t0)
-        t1 = _times_plus(_get_vector(x, c1, like_x), _get_vector(row, c1, like), t1)
-        t2 = _times_plus(_get_vector(x, c2, like_x), _get_vector(row, c2, like), t2)
-        t3 = _times_plus(_get_vector(x, c3, like_x), _get_vector(row, c3, like), t3)
-        c += 4 * _LANES
-    while c + _LANES <= length:
-        t0 = _times_plus(_get_vector(x, c, like_x), _get_vector(row, c, like), t0)
-        c += _LANES
-    return _sum(t0, t1, t2, t3) + _rest(x, like_x, row, like, c, length)
-
-
-@_inlined
-def _four_dots(
-    x0: Any, x1: Any, x2: Any, x3: Any, like_x: Any, row: Any, like: Any, length: Any
-) -> Any:
-    """Four rows of x for one reading of a row of A."""
-    zero = _all(np.float32(0))
-    t0, t1, t2, t3 = zero, zero, zero, zero
-    c = 0
-    while c + _LANES <= length:
-        _prefetch(row + c * _size(like) + _AHEAD)
-        numbers = _get_vector(row, c, like)
-        t0 = _times_plus(_get_vector(x0, c, like_x), numbers, t0)
-        t1 = _times_plus(_get_vector(x1, c, like_x), numbers, t1)
-        t2 = _times_plus(_get_vector(x2, c, like_x), numbers, t2)
-        t3 = _times_plus(_get_vector(x3, c, like_x), numbers, t3)
-        c += _LANES
-    return (
-        _sum(t0, zero, zero, zero) + _rest(x0, like_x, row, like, c, length),
-        _sum(t1, zero, zero, zero) + _rest(x1, like_x, row, like, c, length),
-        _sum(t2, zero, zero, zero) + _rest(x2, like_x, row, like, c, length),
-        _sum(t3, zero, zero, zero) + _rest(x3, like_x, row, like, c, length),
-    )
-
-
-@_inlined
-def _row(job: Any, i: Any) -> Any:
-    """The row of x and y at place i."""
-    return _int(job.rows, i)
-
-
-@_inlined
-def _shrunk(job: Any, i: Any) -> Any:
-    """Address of what is between A and B of the row at place i."""
-    return job.shrunk + i * job.shrunk_stride * 4
+def _shrunk(job: Any, i: Any, r: Any) -> Any:
+    """Address of a number between A and B of the row at place i."""
+    return job.shrunk + (i * job.shrunk_stride + r) * 4
 
 
 @_compiled
-def _shrink(job: Any, like_x: Any, g: Any, like: Any, begin: Any, end: Any) -> None:
-    """shrunk[i, r] = x[rows[i]] . A[r] for some rows of a group's A, each read once."""
-    length = job.in_features
-    first, last = _int(job.starts, g), _int(job.starts, g + 1)
-    for r in range(begin, end):
-        row = _int(job.blocks, g) + r * length * _size(like)
-        i = first
-        while i + 3 < last:
-            t0, t1, t2, t3 = _four_dots(
-                job.x + _row(job, i) * job.x_stride,
-                job.x + _row(job, i + 1) * job.x_stride,
-                job.x + _row(job, i + 2) * job.x_stride,
-                job.x + _row(job, i + 3) * job.x_stride,
-                like_x,
-                row,
-                like,
-                length,
-            )
-            _put(_shrunk(job, i), r, t0, _LIKE_FLOAT32)
-            _put(_shrunk(job, i + 1), r, t1, _LIKE_FLOAT32)
-            _put(_shrunk(job, i + 2), r, t2, _LIKE_FLOAT32)
-            _put(_shrunk(job, i + 3), r, t3, _LIKE_FLOAT32)
-            i += 4
-        while i < last:
-            x = job.x + _row(job, i) * job.x_stride
-            _put(_shrunk(job, i), r, _dot(x, like_x, row, like, length), _LIKE_FLOAT32)
-            i += 1
-
-
-@_compiled
-def _select(job: Any, g: Any, like: Any, begin: Any, end: Any) -> None:
-    """shrunk[i, r] = A[r, token of rows[i]]; an embedding's A is laid out by tokens."""
-    rank = _int(job.ranks, g * job.ranks_stride)
-    for i in range(_int(job.starts, g), _int(job.starts, g + 1)):
-        token = min(max(_int(job.x, _row(job, i)), 0), job.in_features - 1)
-        for r in range(begin, end):
-            number = _get(_int(job.blocks, g), token * rank + r, like)
-            _put(_shrunk(job, i), r, number, _LIKE_FLOAT32)
-
-
-@_inlined
-def _copy(to: Any, like_to: Any, source: Any, like: Any, width: Any) -> None:
-    c = 0
-    while c + _LANES <= width:
-        _put_vector(to, c, _get_vector(source, c, like), like_to)
-        c += _LANES
-    while c < width:
-        _put(to, c, _get(source, c, like), like_to)
-        c += 1
-
-
-@_inlined
-def _add_one(sums: Any, width: Any, b: Any, like: Any, s: Any) -> None:
-    """Add s * row of Bᵀ to the sums."""
-    all_s = _all(s)
-    c = 0
-    while c + _LANES <= width:
-        _prefetch(b + c * _size(like) + _AHEAD)
-        total = _times_plus(all_s, _get_vector(b, c, like), _get_vector(sums, c, _LIKE_FLOAT32))
-        _put_vector(sums, c, total, _LIKE_FLOAT32)
-        c += _LANES
-    while c < width:
-        total = s * _get(b, c, like) + _get(sums, c, _LIKE_FLOAT32)
-        _put(sums, c, total, _LIKE_FLOAT32)
-        c += 1
-
-
-@_inlined
-def _add_four(
-    sums: Any, width: Any, b: Any, row_bytes: Any, like: Any, s0: Any, s1: Any, s2: Any, s3: Any
+def _shrink(
+    job: Any, like_x: Any, a: Any, like: Any, first: Any, last: Any, begin: Any, end: Any
 ) -> None:
-    """The same of four rows of Bᵀ, for one pass over the sums."""
-    b1, b2, b3 = b + row_bytes, b + 2 * row_bytes, b + 3 * row_bytes
-    all_0, all_1, all_2, all_3 = _all(s0), _all(s1), _all(s2), _all(s3)
-    c = 0
-    while c + _LANES <= width:
-        at = c * _size(like) + 4 * row_bytes
-        _prefetch(b + at)
-        _prefetch(b1 + at)
-        _prefetch(b2 + at)
-        _prefetch(b3 + at)
-        total = _times_plus(all_0, _get_vector(b, c, like), _get_vector(sums, c, _LIKE_FLOAT32))
-        total = _times_plus(all_1, _get_vector(b1, c, like), total)
-        total = _times_plus(all_2, _get_vector(b2, c, like), total)
-        total = _times_plus(all_3, _get_vector(b3, c, like), total)
-        _put_vector(sums, c, total, _LIKE_FLOAT32)
-        c += _LANES
-    while c < width:
-        rest = s0 * _get(b, c, like) + s1 * _get(b1, c, like)
-        rest += s2 * _get(b2, c, like) + s3 * _get(b3, c, like)
-        _put(sums, c, rest + _get(sums, c, _LIKE_FLOAT32), _LIKE_FLOAT32)
-        c += 1
-
-
-@_inlined
-def _is_float32(like: Any) -> Any:
-    return _size(like) == 4
-
-
-@_inlined
-def _y(job: Any, i: Any, column: Any, like: Any) -> Any:
-    """Address of a column of y in the row at place i."""
-    return job.y + _row(job, i) * job.y_stride + column * _size(like)
-
-
-@_inlined
-def _sums(job: Any, like_y: Any, first: Any, i: Any, column: Any, scratch: Any) -> Any:
-    """Where a row's columns are summed up: in y itself if it is float32."""
-    if _is_float32(like_y):
-        return _y(job, first + i, column, like_y)
-    return scratch + i * _CHUNK * 4
-
-
-@_compiled
-def _expand_chunk(
-    job: Any, like_y: Any, g: Any, like: Any, b: Any, part: Any, at: Any, column: Any, width: Any
-) -> None:
-    """y[rows[i], column : column + width] += scaling * shrunk[i, at : at + rank] Bᵀ.
-
-    `b` is the address of the first of these columns in the part's Bᵀ, [rank, length].
-    """
-    rank = _int(job.ranks, g * job.ranks_stride + part)
-    scaling = _get(job.scalings, g * job.ranks_stride + part, _LIKE_FLOAT32)
-    row_bytes = _int(job.columns, 2 * part + 1) * _size(like)
-    scratch = job.scratch
-    if job.thread_num:
-        scratch += _call(job.thread_num) * _SCRATCH_BYTES
-    for first in range(_int(job.starts, g), _int(job.starts, g + 1), _BLOCK):
-        count = min(_BLOCK, _int(job.starts, g + 1) - first)
-        if not _is_float32(like_y):
-            for i in range(count):
-                y = _y(job, first + i, column, like_y)
-                _copy(
-                    _sums(job, like_y, first, i, column, scratch), _LIKE_FLOAT32, y, like_y, width
+    """shrunk[i, r] = x[rows[i]] . A[r] for places from first to last, rows from begin to end."""
+    x, x_stride, length, out_stride = job.x, job.x_stride, job.in_features, job.shrunk_stride * 4
+    row_bytes = length * _size(like)
+    ahead = _FACTORS * row_bytes
+    i = first
+    while i < last:
+        is_tile = i + _ROWS <= last
+        rows, r = job.rows + 8 * i, begin
+        while r + _FACTORS <= end:
+            at, out = a + r * row_bytes, _shrunk(job, i, r)
+            if is_tile:
+                _dots(x, x_stride, rows, at, length, out, out_stride, ahead, like_x, like)
+            else:
+                _dots_of_one_row(
+                    x, x_stride, rows, at, length, out, out_stride, ahead, like_x, like
                 )
-        r = 0
-        while r + 3 < rank:
-            for i in range(count):
-                s, k = _shrunk(job, first + i), at + r
-                _add_four(
-                    _sums(job, like_y, first, i, column, scratch),
-                    width,
-                    b + r * row_bytes,
-                    row_bytes,
-                    like,
-                    scaling * _get(s, k, _LIKE_FLOAT32),
-                    scaling * _get(s, k + 1, _LIKE_FLOAT32),
-                    scaling * _get(s, k + 2, _LIKE_FLOAT32),
-                    scaling * _get(s, k + 3, _LIKE_FLOAT32),
+            r += _FACTORS
+        while r < end:
+            at, out = a + r * row_bytes, _shrunk(job, i, r)
+            if is_tile:
+                _dots_of_one_factor(
+                    x, x_stride, rows, at, length, out, out_stride, row_bytes, like_x, like
                 )
-            r += 4
-        while r < rank:
-            for i in range(count):
-                s = scaling * _get(_shrunk(job, first + i), at + r, _LIKE_FLOAT32)
-                sums = _sums(job, like_y, first, i, column, scratch)
-                _add_one(sums, width, b + r * row_bytes, like, s)
+            else:
+                _dot(x, x_stride, rows, at, length, out, out_stride, row_bytes, like_x, like)
             r += 1
-        if not _is_float32(like_y):
-            for i in range(count):
-                y = _y(job, first + i, column, like_y)
-                _copy(
-                    y, like_y, _sums(job, like_y, first, i, column, scratch), _LIKE_FLOAT32, width
-                )
+        i += _ROWS if is_tile else 1
+
+
+@_compiled
+def _select(job: Any, a: Any, like: Any, first: Any, last: Any, rank: Any) -> None:
+    """shrunk[i, r] = A[r, token of rows[i]]; an embedding's A is laid out by tokens."""
+    for i in range(first, last):
+        token = min(max(_int(job.x, _int(job.rows, i)), 0), job.in_features - 1)
+        for r in range(rank):
+            _put(_shrunk(job, i, r), _get(a + (token * rank + r) * _size(like), like))
+
+
+@_compiled
+def _expand_panel(
+    job: Any, like_y: Any, b: Any, like: Any, first: Any, last: Any, at: Any, rank: Any,
+    scaling: Any, column: Any, width: Any,
+) -> None:  # fmt: skip
+    """y[rows[i], column : column + width] += scaling * shrunk[i, at : at + rank] panel."""
+    y_stride, s_stride, b_stride = job.y_stride, job.shrunk_stride * 4, width * _size(like)
+    panel_bytes = rank * b_stride
+    c = 0
+    while c < width:
+        y, at_b = job.y + (column + c) * _size(like_y), b + c * _size(like)
+        num_columns = 1
+        if c + _TILE_COLUMNS <= width:
+            num_columns = _TILE_COLUMNS
+        elif c + _LANES <= width:
+            num_columns = _LANES
+        i = first
+        while i < last:
+            rows, s = job.rows + 8 * i, _shrunk(job, i, at)
+            num_rows = 1
+            if num_columns == _TILE_COLUMNS:
+                if i + _ROWS <= last:
+                    num_rows = _ROWS
+                    _add_tile(
+                        y, y_stride, rows, s, s_stride, at_b, b_stride, rank, panel_bytes, scaling,
+                        like_y, like,
+                    )  # fmt: skip
+                else:
+                    _add_vectors_to_one_row(
+                        y, y_stride, rows, s, s_stride, at_b, b_stride, rank, panel_bytes, scaling,
+                        like_y, like,
+                    )  # fmt: skip
+            elif num_columns == _LANES:
+                _add_vector_to_one_row(
+                    y, y_stride, rows, s, s_stride, at_b, b_stride, rank, panel_bytes, scaling,
+                    like_y, like,
+                )  # fmt: skip
+            else:
+                _add_number_to_one_row(
+                    y, y_stride, rows, s, s_stride, at_b, b_stride, rank, panel_bytes, scaling,
+                    like_y, like,
+                )  # fmt: skip
+            i += num_rows
+        c += num_columns
+
+
+@_inlined
+def _rank(job: Any, g: Any, part: Any) -> Any:
+    return _int(job.ranks, g * job.ranks_stride + part)
 
 
 @_inlined
 def _total_rank(job: Any, g: Any) -> Any:
     total = 0
     for part in range(job.num_parts):
-        total += _int(job.ranks, g * job.ranks_stride + part)
+        total += _rank(job, g, part)
     return total
 
 
 @_inlined
-def _expand(job: Any, like_y: Any, g: Any, like: Any, begin: Any, end: Any, work: Any) -> None:
-    """Add the columns from begin / work to end / work of each part to a group's rows."""
+def _expand(
+    job: Any, like_y: Any, g: Any, like: Any, first: Any, last: Any, begin: Any, end: Any, work: Any
+) -> None:
+    """Add to rows from first to last the columns from begin / work to end / work of each part."""
     # Bᵀ of the first part comes after all of A.
     b = _int(job.blocks, g) + _total_rank(job, g) * job.in_features * _size(like)
     at = 0
     for part in range(job.num_parts):
-        rank = _int(job.ranks, g * job.ranks_stride + part)
+        rank = _rank(job, g, part)
         if not rank:
             continue
+        scaling = _get(job.scalings + (g * job.ranks_stride + part) * 4, _LIKE_FLOAT32)
         start, length = _int(job.columns, 2 * part), _int(job.columns, 2 * part + 1)
-        pieces = (length + _LANES - 1) // _LANES
-        left = pieces * begin // work * _LANES
-        right = min(pieces * end // work * _LANES, length)
-        for c in range(left, right, _CHUNK):
-            width = min(_CHUNK, right - c)
-            _expand_chunk(job, like_y, g, like, b + c * _size(like), part, at, start + c, width)
+        num_panels = (length + PANEL - 1) // PANEL
+        for panel in range(num_panels * begin // work, num_panels * end // work):
+            c = panel * PANEL
+            _expand_panel(
+                job, like_y, b + c * rank * _size(like), like, first, last, at, rank, scaling,
+                start + c, min(PANEL, length - c),
+            )  # fmt: skip
         b += rank * length * _size(like)
         at += rank
 
 
 @_inlined
+def _num_rows(job: Any, g: Any) -> Any:
+    return _int(job.starts, g + 1) - _int(job.starts, g)
+
+
+@_inlined
 def _work(job: Any, g: Any) -> Any:
-    """Bytes of a group's factors, as far as threads have to share them."""
+    """What a group costs: to read its factors if its rows are few, else to multiply them."""
     if not _int(job.blocks, g):
         return 0
     numbers = 0
     for part in range(job.num_parts):
-        features = job.in_features + _int(job.columns, 2 * part + 1)
-        numbers += _int(job.ranks, g * job.ranks_stride + part) * features
-    return numbers * (4 if _int(job.elements, g) == _FLOAT32 else 2)
+        numbers += _rank(job, g, part) * (job.in_features + _int(job.columns, 2 * part + 1))
+    return numbers * max(_num_rows(job, g), _ROWS)
 
 
 @_inlined
 def _do(
-    job: Any, like: Any, g: Any, element: Any, begin: Any, end: Any, work: Any, is_second: Any
+    job: Any, like_model: Any, g: Any, like: Any, begin: Any, end: Any, work: Any, half: Any
 ) -> None:
-    """A thread's share of a group: of its A in the first half, of its B in the second."""
-    if not is_second:
-        rank = _total_rank(job, g)
+    """A thread's share of a group, from begin / work to end / work, as far as a half goes."""
+    a, rank = _int(job.blocks, g), _total_rank(job, g)
+    first, last = _range(job, g)
+    if last - first >= _MANY:
+        num_tiles = (last - first + _ROWS - 1) // _ROWS
+        left = first + num_tiles * begin // work * _ROWS
+        right = min(first + num_tiles * end // work * _ROWS, last)
+        for i in range(left, right, _BLOCK):
+            until = min(i + _BLOCK, right)
+            if job.is_embedding:
+                _select(job, a, like, i, until, rank)
+            else:
+                _shrink(job, like_model, a, like, i, until, 0, rank)
+            _expand(job, like_model, g, like, i, until, 0, 1, 1)
+        return
+    if half == 0:
         if job.is_embedding:
-            _select(job, g, element, rank * begin // work, rank * end // work)
+            if begin == 0:
+                _select(job, a, like, first, last, rank)
         else:
-            _shrink(job, like, g, element, rank * begin // work, rank * end // work)
-    # Nobody else has to be waited for where all of A was our own.
-    if is_second == (end - begin < work):
-        _expand(job, like, g, element, begin, end, work)
+            _shrink(job, like_model, a, like, first, last, rank * begin // work, rank * end // work)
+    # Nobody else has to be waited for where the whole group is our own.
+    if (half == 0) == (end - begin == work):
+        _expand(job, like_model, g, like, first, last, begin, end, work)
+
+
+@_inlined
+def _range(job: Any, g: Any) -> Any:
+    return _int(job.starts, g), _int(job.starts, g + 1)
 
 
 @_compiled
 def _run(job: Any, like: Any) -> None:
-    """Each thread takes an equal share of all bytes: whole groups, and a piece of one at each end.
+    """Each thread takes an equal share of all work: whole groups, and a piece of one at each end.
 
-    Groups are shared in the order in which they come. Of one that is cut, every thread that has a
-    piece of it takes some rows of A, waits for the others, and takes some columns of y.
+    A group of many rows is cut between rows. Of one with few, every thread that has a piece of it
+    takes some rows of A, waits for the others, and takes some columns of y.
     """
     thread, num_threads = 0, 1
     if job.thread_num:
@@ -587,15 +579,16 @@ def _run(job: Any, like: Any) -> None:
             work = _work(job, g)
             begin, end = max(low - at, 0), min(high - at, work)
             at += work
-            if begin >= end or (half and end - begin == work):
+            is_done = half and (end - begin == work or _num_rows(job, g) >= _MANY)
+            if begin >= end or is_done:
                 continue
             element = _int(job.elements, g)
             if element == _FLOAT32:
-                _do(job, like, g, _LIKE_FLOAT32, begin, end, work, half == 1)
+                _do(job, like, g, _LIKE_FLOAT32, begin, end, work, half)
             elif element == _BFLOAT16:
-                _do(job, like, g, _LIKE_BFLOAT16, begin, end, work, half == 1)
+                _do(job, like, g, _LIKE_BFLOAT16, begin, end, work, half)
             else:
-                _do(job, like, g, _LIKE_FLOAT16, begin, end, work, half == 1)
+                _do(job, like, g, _LIKE_FLOAT16, begin, end, work, half)
 
 
 class Loop:
@@ -617,12 +610,10 @@ class Loop:
 
         self._function = run  # its code is freed with it
         self._threads = threads
-        self._scratch = np.empty(threads.count * _SCRATCH_BYTES, np.uint8)
 
     def new_job(self) -> Job:
         """Return a job without rows, to be filled in and kept."""
         return Job(
-            scratch=self._scratch.ctypes.data,
             thread_num=self._threads.thread_num,
             num_threads=self._threads.num_threads,
             barrier=self._threads.barrier,

@@ -5,23 +5,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rora_serve.engine.slots import Slot
 
 if TYPE_CHECKING:
     from rora_serve.engine.kernels import Job
 
-# Rows of a group from which it goes through matrix products instead of the compiled loop.
-LONG_GROUP = 16
-
-Rows = slice | Tensor
+# The loop asks for the rows of the tile after the last one.
+_PADDING = 4
 
 
-class ShortGroups:
-    """Groups of few rows, with their slots' tables side by side, layer by layer.
+class RowTables:
+    """What the compiled loop reads of a step: rows by group, and the slots' tables side by side.
 
     Args: groups: slots, and the rows of each.
     """
@@ -29,19 +25,20 @@ class ShortGroups:
     def __init__(self, groups: Sequence[tuple[Slot, NDArray[np.int64]]]) -> None:
         slots = [slot for slot, _ in groups]
         lengths = [len(rows) for _, rows in groups]
-        self.rows = np.concatenate([rows for _, rows in groups])
-        self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        padding = np.zeros(_PADDING, np.int64)
+        self._rows = np.concatenate([*(rows for _, rows in groups), padding])
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._elements = np.array([int(slot.element) for slot in slots])
         # By layer and group.
         self._blocks = np.stack([slot.addresses for slot in slots], axis=1)
         self._ranks = np.stack([slot.ranks for slot in slots], axis=1)
         self._scalings = np.stack([slot.scalings for slot in slots], axis=1)
         largest = int(self._ranks.sum(axis=2).max())
-        self._shrunk = np.empty((len(self.rows), max(largest, 1)), np.float32)
+        self._shrunk = np.empty((sum(lengths), max(largest, 1)), np.float32)
         self._fields = {
             "num_groups": len(slots),
-            "rows": self.rows.ctypes.data,
-            "starts": self.starts.ctypes.data,
+            "rows": self._rows.ctypes.data,
+            "starts": self._starts.ctypes.data,
             "elements": self._elements.ctypes.data,
             "ranks_stride": self._ranks.shape[2],
             "shrunk": self._shrunk.ctypes.data,
@@ -70,14 +67,14 @@ class Groups:
 
     Args:
         num_rows: of the step, with and without adapters.
-        long: slots with many rows each.
-        short: the others.
+        by_slot: each slot with rows in the step, and [n] int64, these rows.
+        tables: the same as the loop reads it; None without any group.
         is_touched: [num_layers], whether any of these adapters changes a layer.
     """
 
     num_rows: int
-    long: tuple[tuple[Slot, Rows], ...]
-    short: ShortGroups | None
+    by_slot: tuple[tuple[Slot, NDArray[np.int64]], ...]
+    tables: RowTables | None
     is_touched: Sequence[bool]
 
 
@@ -127,31 +124,13 @@ class RaggedBatch:
             return Groups(len(ids), (), None, self._nothing.is_touched)
         order = np.argsort(ids, kind="stable")
         starts = np.flatnonzero(np.diff(ids[order], prepend=-1))
-        long: list[tuple[Slot, Rows]] = []
-        short: list[tuple[Slot, NDArray[np.int64]]] = []
-        is_touched = np.zeros(len(self._nothing.is_touched), bool)
-        for rows in np.split(order, starts[1:]):
-            slot = slots.get(int(ids[rows[0]]))
-            if slot is None:
-                continue
-            is_touched |= slot.addresses > 0
-            runs, others = _runs(rows)
-            long += [(slot, run) for run in runs]
-            if len(others) >= LONG_GROUP:
-                long.append((slot, torch.from_numpy(others)))
-            elif len(others):
-                short.append((slot, others))
-        return Groups(
-            len(ids), tuple(long), ShortGroups(short) if short else None, is_touched.tolist()
+        by_slot = tuple(
+            (slot, rows)
+            for rows in np.split(order, starts[1:])
+            if (slot := slots.get(int(ids[rows[0]]))) is not None
         )
-
-
-def _runs(rows: NDArray[np.int64]) -> tuple[list[slice], NDArray[np.int64]]:
-    """Return each long run of neighbours as a slice, which is read without a copy, and the rest."""
-    ends = np.flatnonzero(np.diff(rows, append=-1) != 1) + 1
-    lengths = np.diff(ends, prepend=0)
-    is_long = lengths >= LONG_GROUP
-    first = rows[ends - lengths][is_long]
-    last = rows[ends - 1][is_long]
-    runs = [slice(a, b + 1) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
-    return runs, rows[~np.repeat(is_long, lengths)]
+        is_touched = np.zeros(len(self._nothing.is_touched), bool)
+        for slot, _ in by_slot:
+            is_touched |= slot.addresses > 0
+        tables = RowTables(by_slot) if by_slot else None
+        return Groups(len(ids), by_slot, tables, is_touched.tolist())

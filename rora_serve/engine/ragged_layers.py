@@ -8,8 +8,8 @@ from torch import Tensor
 
 from adapters.artifact import Kind
 from adapters.errors import EngineSeamError
-from rora_serve.engine.ragged_batch import Groups, Rows, ShortGroups
-from rora_serve.engine.slots import Element, Slot
+from rora_serve.engine.ragged_batch import Groups, RowTables
+from rora_serve.engine.slots import Element
 
 if TYPE_CHECKING:
     from rora_serve.engine.kernels import Loop
@@ -30,7 +30,7 @@ class RaggedLayer:
         kind: of layer.
         in_features: columns of A.
         parts: first output column and number of columns of each part.
-        loop: for groups of few rows, of the model's dtype; layers share it.
+        loop: of the model's dtype; layers share it.
     Checked against: tests/reference.py, ragged_delta_loop, and PEFT in a real engine.
     """
 
@@ -57,13 +57,12 @@ class RaggedLayer:
         self._job.in_features = in_features
         self._job.num_parts = len(parts)
         self._job.columns = self._columns.ctypes.data
-        self._filled: ShortGroups | None = None
+        self._tables: RowTables | None = None
 
     def add_deltas(self, x: Tensor, y: Tensor, groups: Groups) -> None:
         """Add every group's delta to its rows of `y`, in place.
 
-        Sums are float32 whatever the dtypes, except that the product of many bfloat16 rows with a
-        bfloat16 adapter rounds what is between A and B to bfloat16, as PEFT does.
+        Sums are float32 whatever the dtypes.
 
         Args:
             x: [num_rows or more, in_features], or [num_rows or more] tokens for an embedding. The
@@ -92,18 +91,13 @@ class RaggedLayer:
                 f"[num_rows, out_features] of {self._dtype} are expected; this model's layers are "
                 "not served yet"
             )
-        if groups.short is not None:
-            self._add_short(x, y, groups.short)
-        for slot, rows in groups.long:
-            if slot.addresses[self._index]:
-                self._add_long(x, y, slot, rows)
-
-    def _add_short(self, x: Tensor, y: Tensor, short: ShortGroups) -> None:
+        tables = groups.tables
+        assert tables is not None, "a layer that is touched has rows"
         job = self._job
-        if short is not self._filled:
-            short.fill(job, self._index)
-            self._filled = short
-        if self.kind == "embedding":
+        if tables is not self._tables:
+            tables.fill(job, self._index)
+            self._tables = tables
+        if not is_linear:
             x = x.long()
         elif x.stride(-1) != 1:
             x = x.contiguous()
@@ -113,45 +107,3 @@ class RaggedLayer:
         self._loop.run(job)
         if result is not y:
             y.copy_(result)
-
-    def _add_long(self, x: Tensor, y: Tensor, slot: Slot, rows: Rows) -> None:
-        lora_a, parts = self._factors(slot)
-        dtype = x.dtype if x.dtype == lora_a.dtype == torch.bfloat16 else torch.float32
-        if self.kind == "embedding":
-            shrunk = lora_a[x[rows].long().clamp(0, self.in_features - 1)].to(dtype)
-        else:
-            shrunk = torch.mm(x[rows].to(dtype), lora_a.to(dtype).t())
-        first = 0
-        for (column, width), (scaling, lora_b) in zip(self.parts, parts, strict=True):
-            rank = lora_b.shape[0]
-            if rank:
-                of_part = shrunk[:, first : first + rank]
-                y_part = y[:, column : column + width]
-                if isinstance(rows, slice) and y.dtype == dtype:
-                    y_part[rows].addmm_(of_part, lora_b.to(dtype), alpha=scaling)
-                else:
-                    delta = torch.mm(of_part * scaling, lora_b.to(dtype)).to(y.dtype)
-                    index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-                    y_part.index_add_(0, index, delta)
-            first += rank
-
-    def _factors(self, slot: Slot) -> tuple[Tensor, list[tuple[float, Tensor]]]:
-        """Return A of all parts [sum of ranks, in_features] and, of each part, scaling and Bᵀ."""
-        dtype, at = DTYPES[slot.element], int(slot.offsets[self._index])
-        ranks = slot.ranks[self._index].tolist()
-        shape = (sum(ranks), self.in_features)
-
-        def piece(shape: tuple[int, int], at: int) -> Tensor:
-            count = shape[0] * shape[1]
-            if not count:
-                return torch.empty(shape, dtype=dtype)
-            return torch.frombuffer(slot.memory, dtype=dtype, count=count, offset=at).view(shape)
-
-        lora_a = piece(shape if self.kind == "linear" else shape[::-1], at)
-        at += lora_a.nbytes
-        parts = []
-        for part, (_, width) in enumerate(self.parts):
-            lora_b = piece((ranks[part], width), at)
-            at += lora_b.nbytes
-            parts.append((float(slot.scalings[self._index, part]), lora_b))
-        return lora_a, parts

@@ -4,8 +4,9 @@
     ranks     int64 [num_layers, num_parts]
     scalings  float32 [num_layers, num_parts]
     blocks    one a touched layer, 64 bytes aligned: A of its parts one below the other, [sum of
-              ranks, in_features]; then Bᵀ of each part, [rank, out_features]. An embedding's A is
-              transposed, [vocabulary, rank], so that a token's numbers are neighbours.
+              ranks, in_features]; then Bᵀ of each part, in panels of 64 columns, [rank, 64] each,
+              the last one narrower. An embedding's A is transposed, [vocabulary, rank], so that a
+              token's numbers are neighbours.
 
 A slot is the host's copy of an adapter and the only one: what the loader laid out is what layers
 read. Nothing is padded to another rank, and numbers stay in the dtype in which they were stored.
@@ -26,6 +27,7 @@ from adapters.header import TensorInfo
 from adapters.limits import MAX_LORA_RANK
 from adapters.tensors import NUMPY_DTYPES, Array
 
+PANEL = 64  # columns of Bᵀ that layers add up at a time, and therefore lie together
 _ALIGNMENT = 64  # bytes of a cache line
 _SHOWN_MISMATCHES = 5
 
@@ -129,11 +131,11 @@ class SlotLayout:
             site, at_a, at_b = self._places[module.name]
             is_a = tensor is module.lora_a
             begin = at_a if is_a else at_b
-            # B is read by columns, and an embedding's A by tokens.
-            is_transposed = not is_a or site.kind == "embedding"
             numbers = _plain(factor.astype(dtype, copy=False))
             piece = memory[begin : begin + numbers.nbytes].view(numbers.dtype)
-            if is_transposed:
+            if not is_a:
+                _copy_in_panels(numbers, piece)
+            elif site.kind == "embedding":
                 np.copyto(piece.reshape(factor.shape[::-1]), numbers.T)
             else:
                 np.copyto(piece.reshape(factor.shape), numbers)
@@ -174,6 +176,15 @@ def new_memory(num_bytes: int) -> mmap.mmap:
     """Return memory for a slot, which goes back to the system when nothing refers to it."""
     # Not the allocator's, which keeps what was freed. Larger pages were no faster.
     return mmap.mmap(-1, num_bytes)
+
+
+def _copy_in_panels(b: Array, piece: Array) -> None:
+    """Write B, [out_features, rank], as panels of Bᵀ."""
+    out_features, rank = b.shape
+    whole = out_features // PANEL * PANEL
+    panels = piece[: whole * rank].reshape(-1, rank, PANEL)
+    np.copyto(panels, b[:whole].reshape(-1, PANEL, rank).transpose(0, 2, 1))
+    np.copyto(piece[whole * rank :].reshape(rank, out_features - whole), b[whole:].T)
 
 
 def _placed(

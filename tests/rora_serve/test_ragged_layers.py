@@ -1,8 +1,13 @@
 """Every mix of rows and adapters equals a loop, whichever way it is computed."""
 
 import importlib
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -13,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.errors import EngineSeamError
-from rora_serve.engine.ragged_batch import LONG_GROUP, RaggedBatch
+from rora_serve.engine.ragged_batch import RaggedBatch
 from rora_serve.engine.ragged_layers import DTYPES, RaggedLayer
 from rora_serve.engine.slots import Slot
 from rora_serve.engine.threads import Threads
@@ -31,6 +36,7 @@ def make_loop(dtype: torch.dtype, num_threads: int) -> Any:
 
 
 IN = 7
+MANY = 16  # rows from which on threads share a group's rows
 # A fused layer: three parts of unequal sizes, one after the other; the second layer is plain.
 LAYERS = (((0, 5), (5, 2), (7, 3)), ((0, 40),))
 NUMPY_DTYPES = {
@@ -123,7 +129,7 @@ def check(
 
 @settings(max_examples=80, deadline=None)
 @given(
-    ids=st.lists(st.integers(0, 4), min_size=1, max_size=3 * LONG_GROUP),
+    ids=st.lists(st.integers(0, 4), min_size=1, max_size=3 * MANY),
     ranks=st.dictionaries(
         st.integers(1, 4),
         st.tuples(
@@ -157,7 +163,7 @@ def test_any_mix_equals_a_loop_over_rows(
     [
         [1] * 40,
         [1, 2] * 20,
-        [1] * LONG_GROUP + [0] + [2] * (LONG_GROUP - 1),
+        [1] * MANY + [0] + [2] * (MANY - 1),
         list(range(1, 41)),
         # Popular ones have many rows, spread over the batch.
         [1, 2, 1, 3, 1, 2, 1, 4, 1, 1, 5, 2, 1, 1, 3, 1, 6, 1, 2, 1, 1, 7, 1, 1, 1, 2, 1],
@@ -173,7 +179,7 @@ def test_popularity_and_rank_change_nothing(ids: list[int], rank: int, dtype: to
 def test_adapters_of_several_dtypes_share_a_batch() -> None:
     dtypes = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
     adapters = {key: make_adapter(key, ([2, 1, 3], [4]), of) for key, of in dtypes.items()}
-    check([3, 1, 2, 0, 2, 1, *[2] * LONG_GROUP], adapters, torch.float32)
+    check([3, 1, 2, 0, 2, 1, *[2] * MANY], adapters, torch.float32)
 
 
 def test_wide_rows_are_shared_out_among_threads() -> None:
@@ -183,6 +189,20 @@ def test_wide_rows_are_shared_out_among_threads() -> None:
     }
     for num_threads in (1, 2, 7):
         check([1, 2, 0, 1], adapters, torch.float32, num_threads=num_threads, in_features=3000)
+
+
+def test_processors_without_avx512_compute_the_same(tmp_path: Path) -> None:
+    """Other vectors, other tiles: the tests above once more, compiled for AVX2."""
+    if platform.machine() != "x86_64":
+        pytest.skip("AVX2 is x86's")
+    older = {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,-avx512f",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    chosen = ["-k", "any_mix or threads or embedding"]
+    subprocess.run([*command, *chosen], env={**os.environ, **older}, check=True, timeout=300)
 
 
 def test_an_embedding_adds_what_its_tokens_select() -> None:
@@ -199,7 +219,7 @@ def test_an_embedding_adds_what_its_tokens_select() -> None:
         parts=((0, hidden),),
         loop=make_loop(torch.float32, 2),
     )
-    for count in (3, LONG_GROUP):
+    for count in (3, MANY):
         ids = [1] * count + [0, 0]
         batch = RaggedBatch(1)
         batch.set_rows(tuple(ids), (), {1: slot})
@@ -244,21 +264,13 @@ def test_rows_that_can_not_be_told_apart_are_refused() -> None:
             make_layer(0).add_deltas(torch.ones(shape), torch.ones(3, 10), batch.tokens)
 
 
-def test_long_runs_of_neighbours_are_read_without_a_copy() -> None:
+def test_rows_are_grouped_by_slot_in_their_order() -> None:
     slots = {key: make_adapter(key, ([1, 0, 0], [0]), torch.float32)[0] for key in (3, 5, 7)}
     batch = RaggedBatch(len(LAYERS))
-    many = LONG_GROUP
-    # Two prompts and two single rows of one adapter; many single rows of another; few of a third.
-    ids = (0, *[3] * many, 7, 3, *[3] * many, 7, 3, *[5, 0] * many)
-    batch.set_rows(ids, (), slots)
-    (_, first), (_, second), (last, scattered) = batch.tokens.long
-    assert first == slice(1, many + 1)
-    assert second == slice(many + 2, 2 * many + 3)
-    assert last is slots[5]
-    assert isinstance(scattered, torch.Tensor)
-    assert scattered.tolist() == list(range(2 * many + 5, 4 * many + 5, 2))
-    assert batch.tokens.short is not None
-    assert batch.tokens.short.rows.tolist() == [2 * many + 4, many + 1, 2 * many + 3]
+    batch.set_rows((0, 7, 3, 3, 0, 7, 4, 3), (), slots)
+    found = [(slot, rows.tolist()) for slot, rows in batch.tokens.by_slot]
+    assert found == [(slots[3], [2, 3, 7]), (slots[7], [1, 5])]
+    assert batch.tokens.is_touched == [True, False]
 
 
 def test_a_step_like_the_last_one_is_not_grouped_again() -> None:
@@ -271,7 +283,7 @@ def test_a_step_like_the_last_one_is_not_grouped_again() -> None:
     batch.set_rows((0, 1), (0, 1), {1: slot})
     assert batch.tokens is not groups
     batch.clear()
-    assert batch.tokens.short is None
+    assert batch.tokens.tables is None
     assert not any(batch.tokens.is_touched)
 
 
@@ -282,6 +294,4 @@ def test_rows_of_logits_are_those_of_samples_or_of_a_part_of_the_prompt() -> Non
     assert batch.samples.num_rows == 2
     part = batch.tokens_between(2, 4)
     assert part.num_rows == 2
-    assert part.short is not None
-    assert part.short.rows.tolist() == [0, 1]
-    assert part.short.starts.tolist() == [0, 1, 2]
+    assert [rows.tolist() for _, rows in part.by_slot] == [[0], [1]]
