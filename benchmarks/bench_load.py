@@ -101,7 +101,10 @@ def main() -> None:
         total = sum(store.resolve(name).version.num_bytes for name in names)
         port = free_port()
         command = our_command(
-            store.root, port, ["--max-num-seqs", "128", "--adapter-memory-bytes", str(2 * total)]
+            store.root,
+            port,
+            ["--max-num-seqs", "128", "--adapter-memory-bytes", str(2 * total)],
+            vllm_options=["--max-model-len", str(2 * STREAM_TOKENS)],
         )
         with running(command, port, scratch / "log") as server:
             figures = measure(server, store, names, folders)
