@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import hashlib
 import os
 import shutil
 import signal
@@ -150,8 +151,13 @@ def _set_environment() -> None:
 
 
 def _kernel_cache(own: Path) -> Path:
-    """Return where compiled kernels are kept: beside the models, or with this start's own files."""
-    kept = cache_folder(os.environ) / "kernels"
+    """Return where compiled kernels are kept: beside the models, or with this start's own files.
+
+    numba looks at one source file, and what the loop reads is laid out by another.
+    """
+    engine = Path(__file__).parent / "engine"
+    sources = (engine / "kernels.py").read_bytes() + (engine / "slots.py").read_bytes()
+    kept = cache_folder(os.environ) / "kernels" / hashlib.sha256(sources).hexdigest()[:12]
     try:
         kept.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=kept):

@@ -1,19 +1,22 @@
 """How a slot gets from the loader's process into the worker's, past the engine's loop.
 
-Over a Unix socket in a folder of the server's own, one connection a slot; lines are JSON:
+Over a Unix socket in a folder of the server's own, one connection a slot:
 
+    loader   a byte, and with it a file in memory that the slot will be the content of
     loader   {"modules": [name, ...]}
     worker   {"sites": [[layer, part, kind, in, out] or null, ...], "num_layers": n, "num_parts": n}
-    loader   {"lora_int_id": n, "num_bytes": n, "element": "F32"}, then that many bytes
+    loader   {"lora_int_id": n, "num_bytes": n, "element": "F32"}, once the file is written
     worker   {"published": true}
 
-The worker receives straight into the memory that its layers will read. A loader that stops halfway
-leaves nothing behind.
+after the byte, lines of JSON. The worker maps the file, and its layers read it where the loader
+wrote it: to receive 20 MB took the worker longer than all of the loader's work, since its main
+thread wants the interpreter too. A loader that stops halfway leaves nothing behind.
 """
 
 import json
 import logging
 import os
+import resource
 import socket
 import socketserver
 import threading
@@ -25,7 +28,7 @@ from typing import Any, Protocol
 from adapters import open_artifact
 from adapters.errors import EngineSeamError
 from rora_serve.engine.loading import lay_out
-from rora_serve.engine.slots import Element, Site, Slot, new_memory
+from rora_serve.engine.slots import Element, Site, Slot, mapped, shared_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +58,16 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             try:
-                _receive(self.rfile, self.wfile, holder)
+                _receive(self.request, self.rfile, self.wfile, holder)
             except OSError as error:  # the loader's end is gone; the server starts another
                 logger.warning("a slot was not handed over: %s", error)
 
     class Server(socketserver.ThreadingUnixStreamServer):
         daemon_threads = True
 
+    # A mapped file stays open, one a slot.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     server = Server(str(path), Handler)
 
     def serve() -> None:
@@ -73,23 +79,26 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
     threading.Thread(target=serve, name="receive-slots", daemon=True).start()
 
 
-def _receive(rfile: Any, wfile: Any, holder: SlotHolder) -> None:
-    names: list[str] = json.loads(rfile.readline())["modules"]
-    answer = {
-        "sites": [holder.site(name) for name in names],
-        "num_layers": holder.num_layers,
-        "num_parts": holder.num_parts,
-    }
-    _write(wfile, answer)
-    line = rfile.readline()
-    if not line:
-        return  # the adapter was refused
-    header = json.loads(line)
-    memory = new_memory(header["num_bytes"])
-    with memoryview(memory) as view:
-        if rfile.readinto(view) < len(view):
-            logger.warning("a slot was not handed over whole")
-            return
+def _receive(connection: socket.socket, rfile: Any, wfile: Any, holder: SlotHolder) -> None:
+    _, files, _, _ = socket.recv_fds(connection, 1, 1)
+    if not files:
+        raise OSError("no file came with it; more files may be open than the system allows")
+    (file,) = files
+    try:
+        names: list[str] = json.loads(rfile.readline())["modules"]
+        answer = {
+            "sites": [holder.site(name) for name in names],
+            "num_layers": holder.num_layers,
+            "num_parts": holder.num_parts,
+        }
+        _write(wfile, answer)
+        line = rfile.readline()
+        if not line:
+            return  # the adapter was refused
+        header = json.loads(line)
+        memory = mapped(file, header["num_bytes"])
+    finally:
+        os.close(file)
     slot = Slot(
         memory,
         element=Element[header["element"]],
@@ -114,14 +123,16 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
     Raises:
         ArtifactError, AdapterMismatchError: as `lay_out`; the worker is as before.
         EngineSeamError: the worker does not answer.
-    Cost: reads the adapter once, and copies it once into the worker.
+    Cost: reads the adapter once.
     """
     artifact = open_artifact(folder)
     names = list(artifact.modules)
+    file = shared_file()
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_WORKER_SECONDS)
             connection.connect(str(path))
+            socket.send_fds(connection, [b"f"], [file])
             with connection.makefile("rwb") as stream:
                 _write(stream, {"modules": names})
                 answer = json.loads(stream.readline())
@@ -132,16 +143,10 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
                     weights_digest=weights_digest,
                     num_layers=answer["num_layers"],
                     num_parts=answer["num_parts"],
+                    file=file,
                 )
-                _write(
-                    stream,
-                    {
-                        "lora_int_id": lora_int_id,
-                        "num_bytes": len(memory),
-                        "element": element.name,
-                    },
-                )
-                connection.sendall(memory)
+                header = {"num_bytes": len(memory), "element": element.name}
+                _write(stream, {"lora_int_id": lora_int_id, **header})
                 if not stream.readline():
                     raise ConnectionError("the connection ended")
                 return len(memory)
@@ -149,6 +154,8 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
         raise EngineSeamError(
             f"the engine's worker takes no adapters ({error}); its log says why"
         ) from error
+    finally:
+        os.close(file)
 
 
 def _write(stream: Any, message: dict[str, Any]) -> None:

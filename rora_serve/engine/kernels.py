@@ -25,6 +25,7 @@ from numba import carray, cfunc, config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from rora_serve.engine.ragged_batch import PADDING
 from rora_serve.engine.slots import PANEL, Element
 from rora_serve.engine.threads import Threads
 
@@ -35,10 +36,10 @@ _HAS_AVX512 = "+avx512f" in _FEATURES.split(",")
 _LANES = 16 if _HAS_AVX512 else 8  # float32 of a vector
 _ROWS = 4 if _HAS_AVX512 else 3
 _FACTORS = 4
-_MANY = 16  # rows from which on threads share a group's rows, not its factors
-_BLOCK = 32  # rows whose part of x and y stays in the second-level cache
+_MANY = 16  # rows from which on threads share a group's rows, not its factors, if there are enough
+_BLOCK = 8 * _ROWS  # rows whose part of x and y stays in the second-level cache
+assert _ROWS <= PADDING, "a tile asks for the rows after its own"
 _AHEAD = 4096  # bytes of A that are asked for before a row alone reads them
-_FAST = {"nsz", "contract", "arcp"}
 _FLOAT32, _BFLOAT16 = int(Element.F32), int(Element.BF16)
 
 # What tells compiled functions which numbers lie at an address. numba has neither 16-bit float, so
@@ -56,7 +57,7 @@ class Job(ctypes.Structure):
 
     Args:
         x, x_stride: address of [num_rows, in_features] and bytes from row to row; of an embedding,
-            [num_rows] int64 tokens.
+            [num_rows] int64 tokens, of which those outside the vocabulary count as its ends.
         y, y_stride: the same of [num_rows, out_features].
         is_embedding: 1 or 0.
         in_features: columns of A; of an embedding, its vocabulary.
@@ -69,7 +70,7 @@ class Job(ctypes.Structure):
         ranks, scalings: [num_groups, largest num_parts] int64 and float32.
         ranks_stride: largest num_parts of all layers.
         shrunk, shrunk_stride: [n, shrunk_stride] float32, for what is between A and B.
-        thread_num, num_threads, barrier: functions of OpenMP; all 0 outside of its regions.
+        thread_num, num_threads, barrier: addresses of OpenMP's functions; all 0 for one thread.
     """
 
     _fields_ = [
@@ -370,8 +371,8 @@ _add_vector_to_one_row = _new_add_tile(1, 1, _LANES)
 _add_number_to_one_row = _new_add_tile(1, 1, 1)
 _TILE_COLUMNS = _FACTORS * _LANES
 
-_compiled = njit(nogil=True, fastmath=_FAST, error_model="numpy")
-_inlined = njit(nogil=True, fastmath=_FAST, error_model="numpy", forceinline=True)
+_compiled = njit(nogil=True, error_model="numpy")
+_inlined = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
 @_inlined
@@ -526,12 +527,13 @@ def _work(job: Any, g: Any) -> Any:
 
 @_inlined
 def _do(
-    job: Any, like_model: Any, g: Any, like: Any, begin: Any, end: Any, work: Any, half: Any
-) -> None:
+    job: Any, like_model: Any, g: Any, like: Any, begin: Any, end: Any, work: Any, half: Any,
+    many: Any,
+) -> None:  # fmt: skip
     """A thread's share of a group, from begin / work to end / work, as far as a half goes."""
     a, rank = _int(job.blocks, g), _total_rank(job, g)
     first, last = _range(job, g)
-    if last - first >= _MANY:
+    if last - first >= many:
         num_tiles = (last - first + _ROWS - 1) // _ROWS
         left = first + num_tiles * begin // work * _ROWS
         right = min(first + num_tiles * end // work * _ROWS, last)
@@ -569,6 +571,7 @@ def _run(job: Any, like: Any) -> None:
     thread, num_threads = 0, 1
     if job.thread_num:
         thread, num_threads = _call(job.thread_num), _call(job.num_threads)
+    many = max(_MANY, num_threads * _ROWS)
     total = 0
     for g in range(job.num_groups):
         total += _work(job, g)
@@ -581,16 +584,16 @@ def _run(job: Any, like: Any) -> None:
             work = _work(job, g)
             begin, end = max(low - at, 0), min(high - at, work)
             at += work
-            is_done = half and (end - begin == work or _num_rows(job, g) >= _MANY)
+            is_done = half and (end - begin == work or _num_rows(job, g) >= many)
             if begin >= end or is_done:
                 continue
             element = _int(job.elements, g)
             if element == _FLOAT32:
-                _do(job, like, g, _LIKE_FLOAT32, begin, end, work, half)
+                _do(job, like, g, _LIKE_FLOAT32, begin, end, work, half, many)
             elif element == _BFLOAT16:
-                _do(job, like, g, _LIKE_BFLOAT16, begin, end, work, half)
+                _do(job, like, g, _LIKE_BFLOAT16, begin, end, work, half, many)
             else:
-                _do(job, like, g, _LIKE_FLOAT16, begin, end, work, half)
+                _do(job, like, g, _LIKE_FLOAT16, begin, end, work, half, many)
 
 
 class Loop:

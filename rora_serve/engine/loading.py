@@ -18,6 +18,7 @@ def lay_out(
     weights_digest: str,
     num_layers: int,
     num_parts: int,
+    file: int = -1,
 ) -> tuple[mmap.mmap, Element]:
     """Read an adapter and return its slot's memory, and the dtype of the numbers in it.
 
@@ -26,6 +27,7 @@ def lay_out(
         sites: of its modules in the running model.
         weights_digest: what it has to be.
         num_layers, num_parts: of the running model.
+        file: that the slot is to be the content of; for new_memory.
 
     Raises:
         ArtifactError: the file is another than the digest's, or changed while it was read.
@@ -33,7 +35,7 @@ def lay_out(
     Cost: reads the adapter once.
     """
     layout = SlotLayout(artifact.modules, sites, num_layers=num_layers, num_parts=num_parts)
-    memory = new_memory(layout.num_bytes)
+    memory = new_memory(layout.num_bytes, file)
     layout.fill(read_verified(artifact, weights_digest), np.frombuffer(memory, np.uint8))
     return memory, layout.element
 

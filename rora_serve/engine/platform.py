@@ -39,4 +39,9 @@ class RoraCpuPlatform(CpuPlatform):
                 raise ConfigError(
                     f"{option}: {size}, adapters are served by one worker on CPUs; leave it at 1"
                 )
+        if vllm_config.speculative_config is not None:
+            raise ConfigError(
+                "--speculative-config: a draft model shares layers with the base model, whose rows "
+                "are told apart by adapter; leave it out"
+            )
         parallel.worker_cls = WORKER_CLASS

@@ -1,5 +1,6 @@
 """RaggedBatch: the rows of one engine step, grouped by adapter once for all layers."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,20 +13,24 @@ from rora_serve.engine.slots import Slot
 if TYPE_CHECKING:
     from rora_serve.engine.kernels import Job
 
-# The loop asks for the rows of the tile after the last one.
-_PADDING = 4
+PADDING = 4  # rows after the last one; the loop asks for the next tile's before it is there
 
 
 class RowTables:
     """What the compiled loop reads of a step: rows by group, and the slots' tables side by side.
 
     Args: groups: slots, and the rows of each.
+
+    `number` tells tables of one process apart.
     """
 
+    _numbers = itertools.count(1)
+
     def __init__(self, groups: Sequence[tuple[Slot, NDArray[np.int64]]]) -> None:
+        self.number = next(self._numbers)
         slots = [slot for slot, _ in groups]
         lengths = [len(rows) for _, rows in groups]
-        padding = np.zeros(_PADDING, np.int64)
+        padding = np.zeros(PADDING, np.int64)
         self._rows = np.concatenate([*(rows for _, rows in groups), padding])
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._elements = np.array([int(slot.element) for slot in slots])
@@ -67,7 +72,8 @@ class Groups:
 
     Args:
         num_rows: of the step, with and without adapters.
-        by_slot: each slot with rows in the step, and [n] int64, these rows.
+        by_slot: each slot with rows in the step, which it keeps in memory, and [n] int64, these
+            rows.
         tables: the same as the loop reads it; None without any group.
         is_touched: [num_layers], whether any of these adapters changes a layer.
     """

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapters.artifact import Kind
 from adapters.errors import EngineSeamError
-from rora_serve.engine.ragged_batch import Groups, RowTables
+from rora_serve.engine.ragged_batch import Groups
 from rora_serve.engine.slots import Element
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class RaggedLayer:
     """Adds the adapters' deltas to the output of one base layer.
 
     For each group g of rows with adapter a, and each part of the layer that a changes:
-    y[g, part] += (scaling * x[g] Aᵀ) Bᵀ, or scaling * A[:, x[g]]ᵀ Bᵀ for an embedding. Other rows
+    y[g, part] += scaling * (x[g] Aᵀ) Bᵀ, or scaling * A[:, x[g]]ᵀ Bᵀ for an embedding. Other rows
     are never touched.
 
     Args:
@@ -57,7 +57,7 @@ class RaggedLayer:
         self._job.in_features = in_features
         self._job.num_parts = len(parts)
         self._job.columns = self._columns.ctypes.data
-        self._tables: RowTables | None = None
+        self._filled_from = 0
 
     def add_deltas(self, x: Tensor, y: Tensor, groups: Groups) -> None:
         """Add every group's delta to its rows of `y`, in place.
@@ -94,9 +94,9 @@ class RaggedLayer:
         tables = groups.tables
         assert tables is not None, "a layer that is touched has rows"
         job = self._job
-        if tables is not self._tables:
+        if tables.number != self._filled_from:
             tables.fill(job, self._index)
-            self._tables = tables
+            self._filled_from = tables.number
         if not is_linear:
             x = x.long()
         elif x.stride(-1) != 1:

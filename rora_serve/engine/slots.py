@@ -12,7 +12,9 @@ A slot is the host's copy of an adapter and the only one: what the loader laid o
 read. Nothing is padded to another rank, and numbers stay in the dtype in which they were stored.
 """
 
+import fcntl
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from typing import NamedTuple
@@ -172,10 +174,30 @@ class Slot:
         return len(self.memory)
 
 
-def new_memory(num_bytes: int) -> mmap.mmap:
-    """Return memory for a slot, which goes back to the system when nothing refers to it."""
+def new_memory(num_bytes: int, file: int = -1) -> mmap.mmap:
+    """Return memory for a slot, which goes back to the system when nothing refers to it.
+
+    Args: file: whose content it is to be, as `shared_file` returns it; without one, nobody's.
+    """
+    if file >= 0:
+        os.ftruncate(file, num_bytes)
+        # Nothing can cut off what somebody reads.
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     # Not the allocator's, which keeps what was freed. Larger pages were no faster.
-    return mmap.mmap(-1, num_bytes)
+    return mmap.mmap(file, num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+
+
+def shared_file() -> int:
+    """Return a file in memory, without a name, whose content another process can map."""
+    return os.memfd_create("rora-serve-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+def mapped(file: int, num_bytes: int) -> mmap.mmap:
+    """Return the content of another process's file, to be read; the file may be closed then."""
+    found = os.fstat(file).st_size
+    if found != num_bytes:
+        raise OSError(f"a slot's file has {found} bytes, {num_bytes} are expected")
+    return mmap.mmap(file, num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
 
 
 def _copy_in_panels(b: Array, piece: Array) -> None:

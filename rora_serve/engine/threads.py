@@ -14,10 +14,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Looked up through this one, names are those of the OpenMP that torch itself is linked to; several
-# packages bring one of their own.
-_LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+_TORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 _PARALLEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+_NAMES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 _ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -36,14 +35,13 @@ class Threads:
         if count == 1:
             return
         try:
-            library = ctypes.CDLL(str(_LIBRARY))
-            self._parallel = _PARALLEL(_address(library, "GOMP_parallel"))
-            self.thread_num = _address(library, "omp_get_thread_num")
-            self.num_threads = _address(library, "omp_get_num_threads")
-            self.barrier = _address(library, "GOMP_barrier")
-            self.count = count
+            parallel, *others = map(_address_for_torch, _NAMES)
         except (OSError, AttributeError) as error:
             logger.warning("adapters get one thread, torch's OpenMP was not found (%s)", error)
+            return
+        self._parallel = _PARALLEL(parallel)
+        self.thread_num, self.num_threads, self.barrier = others
+        self.count = count
 
     def run(self, function: int, argument: int) -> None:
         """Call the function at an address on every thread, and wait for all of them.
@@ -56,7 +54,15 @@ class Threads:
             self._parallel(function, argument, self.count, 0)
 
 
-def _address(library: ctypes.CDLL, name: str) -> int:
-    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+def _address_for_torch(name: str) -> int:
+    """Return the address of a function as torch finds it; several packages bring an OpenMP.
+
+    First among what is loaded for all, where a preloaded library comes before torch's own.
+    """
+    try:
+        function = getattr(ctypes.CDLL(None), name)
+    except AttributeError:
+        function = getattr(ctypes.CDLL(str(_TORCH)), name)
+    address = ctypes.cast(function, ctypes.c_void_p).value
     assert address is not None, "a symbol that was found has an address"
     return address

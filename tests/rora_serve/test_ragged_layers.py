@@ -35,10 +35,11 @@ def make_loop(dtype: torch.dtype, num_threads: int) -> Any:
     return kernels.Loop(element, Threads(num_threads))
 
 
-IN = 7
+IN = 83
 MANY = 16  # rows from which on threads share a group's rows
-# A fused layer: three parts of unequal sizes, one after the other; the second layer is plain.
-LAYERS = (((0, 5), (5, 2), (7, 3)), ((0, 40),))
+# A fused layer: three parts of unequal sizes, one after the other; the second layer is plain, of
+# several panels of columns, then a vector, then single columns.
+LAYERS = (((0, 5), (5, 2), (7, 3)), ((0, 216),))
 NUMPY_DTYPES = {
     torch.float32: np.dtype(np.float32),
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
@@ -141,7 +142,7 @@ def check(
     padding=st.integers(0, 3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     stored=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    num_threads=st.sampled_from([1, 2]),
+    num_threads=st.sampled_from([1, 2, 3]),
 )
 def test_any_mix_equals_a_loop_over_rows(
     ids: list[int],
@@ -168,7 +169,7 @@ def test_any_mix_equals_a_loop_over_rows(
         # Popular ones have many rows, spread over the batch.
         [1, 2, 1, 3, 1, 2, 1, 4, 1, 1, 5, 2, 1, 1, 3, 1, 6, 1, 2, 1, 1, 7, 1, 1, 1, 2, 1],
     ],
-    ids=["identical", "two", "long and short", "distinct", "Zipf"],
+    ids=["identical", "two", "many and few", "distinct", "Zipf"],
 )
 def test_popularity_and_rank_change_nothing(ids: list[int], rank: int, dtype: torch.dtype) -> None:
     ranks = {key: ([rank, 0, rank], [max(rank - key % 2, 1)]) for key in set(ids) - {0}}
@@ -183,12 +184,13 @@ def test_adapters_of_several_dtypes_share_a_batch() -> None:
 
 
 def test_wide_rows_are_shared_out_among_threads() -> None:
-    """More columns than one pass sums up, and fewer than there are threads."""
+    """Parts of more and of fewer columns than there are threads."""
     adapters = {
         key: make_adapter(key, ([3, 5, 1], [6]), torch.float32, in_features=3000) for key in (1, 2)
     }
-    for num_threads in (1, 2, 7):
-        check([1, 2, 0, 1], adapters, torch.float32, num_threads=num_threads, in_features=3000)
+    for num_threads in (1, 2, 3, 7):
+        for ids in ([1, 2, 0, 1], [1] * 70, [1] * 3 * MANY + [0, 2, 2]):
+            check(ids, adapters, torch.float32, num_threads=num_threads, in_features=3000)
 
 
 def test_processors_without_avx512_compute_the_same(tmp_path: Path) -> None:
