@@ -83,7 +83,7 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     try:
         with tempfile.TemporaryDirectory(prefix="rora-serve-") as own:
             os.environ[SOCKET_VARIABLE] = str(Path(own, "worker"))
-            os.environ.setdefault("NUMBA_CACHE_DIR", str(_kernel_cache(Path(own))))
+            os.environ["NUMBA_CACHE_DIR"] = str(_kernel_cache(Path(own)))
             died = uvloop.run(_serve(arguments, base, store, capacity))
     except RoraError:
         raise

@@ -16,7 +16,6 @@ thread wants the interpreter too. A loader that stops halfway leaves nothing beh
 import json
 import logging
 import os
-import resource
 import socket
 import socketserver
 import threading
@@ -59,15 +58,12 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
         def handle(self) -> None:
             try:
                 _receive(self.request, self.rfile, self.wfile, holder)
-            except OSError as error:  # the loader's end is gone; the server starts another
+            except (OSError, ValueError) as error:  # the loader is gone; the server starts another
                 logger.warning("a slot was not handed over: %s", error)
 
     class Server(socketserver.ThreadingUnixStreamServer):
         daemon_threads = True
 
-    # A mapped file stays open, one a slot.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     server = Server(str(path), Handler)
 
     def serve() -> None:
@@ -80,7 +76,9 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
 
 
 def _receive(connection: socket.socket, rfile: Any, wfile: Any, holder: SlotHolder) -> None:
-    _, files, _, _ = socket.recv_fds(connection, 1, 1)
+    data, files, _, _ = socket.recv_fds(connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        return
     if not files:
         raise OSError("no file came with it; more files may be open than the system allows")
     (file,) = files
@@ -127,8 +125,9 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
     """
     artifact = open_artifact(folder)
     names = list(artifact.modules)
-    file = shared_file()
+    file = -1
     try:
+        file = shared_file()
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_WORKER_SECONDS)
             connection.connect(str(path))
@@ -150,12 +149,13 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
                 if not stream.readline():
                     raise ConnectionError("the connection ended")
                 return len(memory)
-    except (ConnectionError, FileNotFoundError, TimeoutError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError) as error:
         raise EngineSeamError(
             f"the engine's worker takes no adapters ({error}); its log says why"
         ) from error
     finally:
-        os.close(file)
+        if file >= 0:
+            os.close(file)
 
 
 def _write(stream: Any, message: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ class RaggedLoraManager:
     """Holds slots on the host and points every layer at the rows of each step.
 
     Args:
-        model: vLLM's base model; a hook is hung on each of its layers that an adapter can change.
+        model: vLLM's base model; each of its layers that an adapter can change gets our part.
         dtype: that it computes in.
     """
 

@@ -41,7 +41,7 @@ class RoraCpuPlatform(CpuPlatform):
                 )
         if vllm_config.speculative_config is not None:
             raise ConfigError(
-                "--speculative-config: a draft model shares layers with the base model, whose rows "
-                "are told apart by adapter; leave it out"
+                "--speculative-config: guessing tokens ahead is not served beside adapters on CPUs "
+                "yet; leave it out"
             )
         parallel.worker_cls = WORKER_CLASS

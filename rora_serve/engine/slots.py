@@ -12,9 +12,11 @@ A slot is the host's copy of an adapter and the only one: what the loader laid o
 read. Nothing is padded to another rank, and numbers stay in the dtype in which they were stored.
 """
 
+import ctypes
 import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from typing import NamedTuple
@@ -31,6 +33,15 @@ from adapters.tensors import NUMPY_DTYPES, Array
 
 PANEL = 64  # columns of Bᵀ that layers add up at a time, and therefore lie together
 _ALIGNMENT = 64  # bytes of a cache line
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+Memory = mmap.mmap | memoryview
 _SHOWN_MISMATCHES = 5
 
 
@@ -147,13 +158,13 @@ class Slot:
     """An adapter that layers can read.
 
     Args:
-        memory: what a SlotLayout filled.
+        memory: what a SlotLayout filled; read, never written.
         element: dtype of its numbers.
         num_layers, num_parts: of the running model.
     """
 
     def __init__(
-        self, memory: mmap.mmap, *, element: Element, num_layers: int, num_parts: int
+        self, memory: Memory, *, element: Element, num_layers: int, num_parts: int
     ) -> None:
         self.memory = memory
         self.element = element
@@ -192,12 +203,20 @@ def shared_file() -> int:
     return os.memfd_create("rora-serve-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
-def mapped(file: int, num_bytes: int) -> mmap.mmap:
+def mapped(file: int, num_bytes: int) -> memoryview:
     """Return the content of another process's file, to be read; the file may be closed then."""
     found = os.fstat(file).st_size
     if found != num_bytes:
         raise OSError(f"a slot's file has {found} bytes, {num_bytes} are expected")
-    return mmap.mmap(file, num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+    # Python's own mmap keeps a descriptor open for each, and everybody waiting while it maps.
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+    address = _LIBC.mmap(None, num_bytes, mmap.PROT_READ, flags, file, 0)
+    if address == _MAP_FAILED:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    content = (ctypes.c_ubyte * num_bytes).from_address(address)
+    weakref.finalize(content, _LIBC.munmap, address, num_bytes)
+    return memoryview(content).cast("B").toreadonly()
 
 
 def _copy_in_panels(b: Array, piece: Array) -> None:

@@ -17,7 +17,7 @@ import openai
 
 from rora_serve.engine.platform_plugin import SEAM_FLAG
 
-START_SECONDS = 240
+START_SECONDS = 480
 STOP_SECONDS = 60
 # One step must be able to hold every request of a test; float32, since PEFT's oracle is.
 ENGINE_OPTIONS = ("--dtype", "float32", "--max-model-len", "1024")

@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from adapters.errors import AdapterMismatchError, ArtifactError, EngineSeamError
 from adapters.tensors import Array
 from rora_serve.engine.handover import hand_over, receive_slots
 from rora_serve.engine.loading import lay_out, read_slot
-from rora_serve.engine.slots import Element, Site, Slot
+from rora_serve.engine.slots import Element, Site, Slot, mapped, new_memory, shared_file
 from rora_serve.loader import Loader
 
 SITES: dict[str, Site | None] = {
@@ -172,6 +173,26 @@ def test_another_file_than_the_digests_is_refused(tmp_path: Path) -> None:
     read_again()
 
 
+def test_a_slot_of_another_process_is_read_only_and_keeps_no_file_open() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    file = shared_file()
+    written = new_memory(5000, file)
+    written[:5] = b"slot!"
+    with pytest.raises(OSError, match="has 5000 bytes, 4999 are expected"):
+        mapped(file, 4999)
+    with pytest.raises(PermissionError):
+        os.ftruncate(file, 10)
+    memory = mapped(file, 5000)
+    os.close(file)
+    written.close()
+    assert bytes(memory[:5]) == b"slot!"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    address = memory.obj
+    gone = weakref.ref(address)
+    del address, memory
+    assert gone() is None, "what is mapped goes with the last that refers to it"
+
+
 def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
     holder = Holder()
     receive_slots(tmp_path / "socket", holder)
@@ -179,7 +200,8 @@ def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
     expected = read(folder)
     digest = weights_digest(open_artifact(folder))
     assert hand_over(tmp_path / "socket", 7, folder, digest) == expected.num_bytes
-    assert holder.slots[7].memory[:] == expected.memory[:]
+    assert bytes(holder.slots[7].memory) == expected.memory[:]
+    assert not holder.slots[7].ranks.flags.writeable
     with pytest.raises(ArtifactError, match="differs from what was stored"):
         hand_over(tmp_path / "socket", 8, folder, "0" * 64)
     misfit = make(tmp_path / "b", {"m.x": (1, 1, 1)})

@@ -7,12 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
 from adapters import AdapterStore
 from adapters.names import DEFAULT_MODEL_NAME as BASE
-from tests.rora_serve.conftest import TOLERANCE, Oracle
-from tests.rora_serve.serving import Continuation, Server, ask_together
+from tests.rora_serve.conftest import CHUNK, TOLERANCE, Oracle
+from tests.rora_serve.serving import (
+    Continuation,
+    Server,
+    ask_together,
+    free_port,
+    our_command,
+    running,
+)
 from tests.workloads import set_alpha
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -48,11 +56,8 @@ def same_tokens(one: Continuation, other: Continuation) -> bool:
     return True
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_any_mix_equals_peft_and_each_request_alone(
-    server: Server, oracle: Oracle, adapters: dict[str, Path], seed: int
-) -> None:
-    requests = random_requests([name for name in adapters if name != "pruned"], seed)
+def check_mix(server: Server, oracle: Oracle, names: Sequence[str], seed: int) -> None:
+    requests = random_requests(names, seed)
     assert len({name for name, _ in requests}) > 4
     mixed = ask_together(server, requests, num_tokens=NUM_ANSWERED)
     largest = dict.fromkeys((name for name, _ in requests), 0.0)
@@ -63,6 +68,28 @@ def test_any_mix_equals_peft_and_each_request_alone(
     for request, found in zip(requests, mixed, strict=True):
         (alone,) = ask_together(server, [request], num_tokens=NUM_ANSWERED)
         assert same_tokens(alone, found), request[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_mix_equals_peft_and_each_request_alone(
+    server: Server, oracle: Oracle, adapters: dict[str, Path], seed: int
+) -> None:
+    check_mix(server, oracle, [name for name in adapters if name != "pruned"], seed)
+
+
+def test_a_compiled_model_answers_the_same_until_its_engine_dies(
+    store: AdapterStore, oracle: Oracle, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """vLLM's own server ends with 0 then, so that what restarts it sees nothing wrong."""
+    port = free_port()
+    command = our_command(store.root, port, ["--compile"], vllm_options=CHUNK)
+    with running(command, port, tmp_path / "log") as server:
+        check_mix(server, oracle, [name for name in adapters if name != "pruned"], seed=3)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        (core,) = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+        core.kill()
+        assert server.process.wait(60) == 1
+    assert "the engine died" in (tmp_path / "log").read_text()
 
 
 def test_base_rows_are_those_of_a_base_only_run(server: Server, adapters: dict[str, Path]) -> None:
