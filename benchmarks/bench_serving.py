@@ -11,7 +11,8 @@ Figures, by number of adapters in flight and popularity:
     decode_vs_base_eager: tokens per second while all answers run, over those of stock vLLM without
         LoRA in its eager mode.
     decode_vs_floor: the least that a step can take over what it takes: the base's step, and the
-        bytes of the adapters in it at the rate at which all cores read memory, measured here.
+        bytes of the adapters in it at the rate (median) at which all cores read memory, measured
+        here.
     prefill_vs_base_eager: prompt tokens per second over the base's.
     idle_vs_base_eager: decode of base requests with LoRA on, over the base's.
     decode_vs_stock, prefill_vs_stock: 8 adapters, over stock vLLM's LoRA with the linear layers

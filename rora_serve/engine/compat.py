@@ -71,6 +71,11 @@ class BaseLayer:
     in_features: int
     parts: Mapping[str, tuple[int, int]]
 
+    @property
+    def is_head(self) -> bool:
+        """Whether it is the output head, which gets the rows of logits, not those of tokens."""
+        return isinstance(self.module, LogitsProcessor)
+
 
 def base_layers(model: nn.Module) -> list[BaseLayer]:
     """Return every linear layer and embedding of a model, and its output head.
@@ -100,7 +105,7 @@ def base_layers(model: nn.Module) -> list[BaseLayer]:
     return found
 
 
-def wrap_head(processor: LogitsProcessor, hook: Callable[[Tensor, Tensor], None]) -> None:
+def wrap_head(processor: nn.Module, hook: Callable[[Tensor, Tensor], None]) -> None:
     """Let `hook` see hidden states and logits before the processor caps and scales them.
 
     vLLM applies the head's weight by itself, not through the head's forward.

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from rora_serve.engine.compat import BaseLayer, wrap_head
 
@@ -36,7 +35,7 @@ def hook_layers(layers: Iterable[tuple[BaseLayer, AddDeltas]]) -> None:
     _in_use.clear()
     for base, add in layers:
         _in_use[base.name] = add
-        if isinstance(base.module, LogitsProcessor):
+        if base.is_head:
             wrap_head(base.module, add)
         else:
             # Not by a forward hook of torch's, which makes calls slower (docs/decisions/0002).

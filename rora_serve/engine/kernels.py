@@ -5,10 +5,10 @@ that memory decides the speed: factors are read in the order in which they lie, 
 the dtype that they have, and asked for ahead. With many rows it is a product of matrices, of which
 tiles are summed up in registers. Sums are float32 whatever the dtypes.
 
-The loop is a C function of one address, that of a Job, so that calling it costs a microsecond. It
-works on addresses, since numba's arrays count references and check indices, which costs more than
-the sums of a short row. Tiles are written in LLVM's own instructions, for which numba has no words:
-vectors, 16-bit floats, asking for memory ahead.
+The loop is a C function of one address, that of a Job, so that calling it costs a microsecond or
+two. It works on addresses, since numba's arrays count references and check indices, which costs
+more than the sums of a short row. Tiles are written in LLVM's own instructions, for which numba has
+no words: vectors, 16-bit floats, asking for memory ahead.
 
 Import this module only in a worker that runs: numba must come after vLLM has registered its own
 kernels.
@@ -510,8 +510,14 @@ def _expand(
 
 
 @_inlined
+def _range(job: Any, g: Any) -> Any:
+    return _int(job.starts, g), _int(job.starts, g + 1)
+
+
+@_inlined
 def _num_rows(job: Any, g: Any) -> Any:
-    return _int(job.starts, g + 1) - _int(job.starts, g)
+    first, last = _range(job, g)
+    return last - first
 
 
 @_inlined
@@ -554,11 +560,6 @@ def _do(
     # Nobody else has to be waited for where the whole group is our own.
     if (half == 0) == (end - begin == work):
         _expand(job, like_model, g, like, first, last, begin, end, work)
-
-
-@_inlined
-def _range(job: Any, g: Any) -> Any:
-    return _int(job.starts, g), _int(job.starts, g + 1)
 
 
 @_compiled

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from adapters.errors import EngineSeamError
 from rora_serve.engine.compat import base_layers, vllm_module_name
@@ -69,8 +68,7 @@ class RaggedLoraManager:
         self._batch = RaggedBatch(len(layers))
         self.site = lru_cache(maxsize=_KNOWN_NAMES)(self._find_site)
         hook_layers(
-            (base, self._adding(index, is_head=isinstance(base.module, LogitsProcessor)))
-            for index, base in enumerate(layers)
+            (base, self._adding(index, is_head=base.is_head)) for index, base in enumerate(layers)
         )
 
     @property
