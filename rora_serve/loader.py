@@ -12,12 +12,13 @@ import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from multiprocessing import connection
 from pathlib import Path
 
 from adapters import ResolvedVersion
 from adapters.errors import StoreError
-from rora_serve.engine.handover import hand_over
+from rora_serve.engine.handover import Draft, hand_over
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Loader:
         loop = asyncio.get_running_loop()
         try:
             async with self._reading:
-                return await loop.run_in_executor(self._processes, hand_over, *job)
+                return await loop.run_in_executor(self._processes, _hand_over, *job)
         except BrokenProcessPool as error:
             logger.error("the loader's process ended; another one is started")
             self._processes = _new_process()
@@ -68,6 +69,16 @@ def _new_process() -> ProcessPoolExecutor:
     processes = ProcessPoolExecutor(1, mp_context=context, initializer=_begin)
     processes.submit(os.getpid)  # starts it now, not with the first adapter
     return processes
+
+
+@cache
+def _draft() -> Draft:
+    """Return this process's draft: it does one job at a time."""
+    return Draft()
+
+
+def _hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -> int:
+    return hand_over(path, lora_int_id, folder, weights_digest, draft=_draft())
 
 
 def _begin() -> None:

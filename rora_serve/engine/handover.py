@@ -2,19 +2,22 @@
 
 Over a Unix socket in a folder of the server's own, one connection a slot:
 
-    loader   a byte, and with it a file in memory that the slot will be the content of
+    loader   a byte, and with it a file in memory whose first bytes will be the slot's
     loader   {"modules": [name, ...]}
     worker   {"sites": [[layer, part, kind, in, out] or null, ...], "num_layers": n, "num_parts": n}
     loader   {"lora_int_id": n, "num_bytes": n, "element": "F32"}, once the file is written
     worker   {"published": true}
 
-after the byte, lines of JSON. The worker maps the file, and its layers read it where the loader
-wrote it: to receive 20 MB took the worker longer than all of the loader's work, since its main
-thread wants the interpreter too. A loader that stops halfway leaves nothing behind.
+after the byte, lines of JSON. The worker copies the slot out of the file in one call to the system,
+for which no thread has to wait: to receive 20 MB through the socket took longer than all of the
+loader's work, since the worker's main thread wants the interpreter too. So slots lie in memory of
+the worker's own, in large pages, which files in memory seldom get, and the loader uses one file for
+all. A loader that stops halfway leaves nothing behind.
 """
 
 import json
 import logging
+import mmap
 import os
 import socket
 import socketserver
@@ -27,13 +30,14 @@ from typing import Any, Protocol
 from adapters import open_artifact
 from adapters.errors import EngineSeamError
 from rora_serve.engine.loading import lay_out
-from rora_serve.engine.slots import Element, Site, Slot, mapped, shared_file
+from rora_serve.engine.slots import Element, Site, Slot, new_memory
 
 logger = logging.getLogger(__name__)
 
 # Where the worker listens; set by rora_serve.launch for all of vLLM's processes.
 SOCKET_VARIABLE = "RORA_SERVE_SOCKET"
 _WORKER_SECONDS = 120  # without a sign of life; it answers in milliseconds
+_KEPT_BYTES = 64 * 1024**2  # of a draft; new pages cost more than writing to old ones
 
 
 class SlotHolder(Protocol):
@@ -94,7 +98,7 @@ def _receive(connection: socket.socket, rfile: Any, wfile: Any, holder: SlotHold
         if not line:
             return  # the adapter was refused
         header = json.loads(line)
-        memory = mapped(file, header["num_bytes"])
+        memory = copied(file, header["num_bytes"])
     finally:
         os.close(file)
     slot = Slot(
@@ -107,7 +111,45 @@ def _receive(connection: socket.socket, rfile: Any, wfile: Any, holder: SlotHold
     _write(wfile, {"published": True})
 
 
-def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -> int:
+def copied(file: int, num_bytes: int) -> memoryview:
+    """Return a copy of a file's first bytes, as memory for a slot.
+
+    Raises: OSError: the file has fewer.
+    """
+    memory = new_memory(num_bytes)
+    at = 0
+    while at < num_bytes:
+        count = os.preadv(file, [memory[at:]], at)
+        if not count:
+            raise OSError(f"a slot's file has {at} bytes, {num_bytes} are expected")
+        at += count
+    return memory.toreadonly()
+
+
+class Draft:
+    """A file in memory, without a name, in which one slot after the other is laid out."""
+
+    def __init__(self) -> None:
+        self.file = os.memfd_create("rora-serve-slot", os.MFD_CLOEXEC)
+        self._memory: mmap.mmap | None = None
+
+    def room(self, num_bytes: int) -> memoryview:
+        """Return its first bytes, to be written to; what they were before is of no use."""
+        if self._memory is None or len(self._memory) < num_bytes:
+            os.ftruncate(self.file, num_bytes)
+            self._memory = mmap.mmap(self.file, num_bytes)
+        return memoryview(self._memory)[:num_bytes]
+
+    def tidy(self) -> None:
+        """Give a large slot's memory back."""
+        if self._memory is not None and len(self._memory) > _KEPT_BYTES:
+            self._memory = None
+            os.ftruncate(self.file, 0)
+
+
+def hand_over(
+    path: Path, lora_int_id: int, folder: Path, weights_digest: str, *, draft: Draft
+) -> int:
     """Read an adapter and let the worker's next step use it.
 
     Args:
@@ -115,6 +157,7 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
         lora_int_id: what the engine will call it.
         folder: of the adapter.
         weights_digest: what it has to be.
+        draft: nobody else's at the time.
 
     Returns: bytes of its slot.
 
@@ -125,13 +168,11 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
     """
     artifact = open_artifact(folder)
     names = list(artifact.modules)
-    file = -1
     try:
-        file = shared_file()
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_WORKER_SECONDS)
             connection.connect(str(path))
-            socket.send_fds(connection, [b"f"], [file])
+            socket.send_fds(connection, [b"f"], [draft.file])
             with connection.makefile("rwb") as stream:
                 _write(stream, {"modules": names})
                 answer = json.loads(stream.readline())
@@ -142,7 +183,7 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
                     weights_digest=weights_digest,
                     num_layers=answer["num_layers"],
                     num_parts=answer["num_parts"],
-                    file=file,
+                    make_memory=draft.room,
                 )
                 header = {"num_bytes": len(memory), "element": element.name}
                 _write(stream, {"lora_int_id": lora_int_id, **header})
@@ -154,8 +195,7 @@ def hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -
             f"the engine's worker takes no adapters ({error}); its log says why"
         ) from error
     finally:
-        if file >= 0:
-            os.close(file)
+        draft.tidy()
 
 
 def _write(stream: Any, message: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Laying an adapter's folder out as a slot, proved to be the adapter that its digest names."""
 
-import mmap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +17,8 @@ def lay_out(
     weights_digest: str,
     num_layers: int,
     num_parts: int,
-    file: int = -1,
-) -> tuple[mmap.mmap, Element]:
+    make_memory: Callable[[int], memoryview] = new_memory,
+) -> tuple[memoryview, Element]:
     """Read an adapter and return its slot's memory, and the dtype of the numbers in it.
 
     Args:
@@ -27,7 +26,7 @@ def lay_out(
         sites: of its modules in the running model.
         weights_digest: what it has to be.
         num_layers, num_parts: of the running model.
-        file: that the slot is to be the content of; for new_memory.
+        make_memory: returns memory of as many bytes, for the slot.
 
     Raises:
         ArtifactError: the file is another than the digest's, or changed while it was read.
@@ -35,7 +34,7 @@ def lay_out(
     Cost: reads the adapter once.
     """
     layout = SlotLayout(artifact.modules, sites, num_layers=num_layers, num_parts=num_parts)
-    memory = new_memory(layout.num_bytes, file)
+    memory = make_memory(layout.num_bytes)
     layout.fill(read_verified(artifact, weights_digest), np.frombuffer(memory, np.uint8))
     return memory, layout.element
 

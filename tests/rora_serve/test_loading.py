@@ -19,9 +19,9 @@ from adapters import AdapterConfig, AdapterStore, ResolvedVersion, open_artifact
 from adapters.digest import weights_digest
 from adapters.errors import AdapterMismatchError, ArtifactError, EngineSeamError, StoreError
 from adapters.tensors import Array
-from rora_serve.engine.handover import hand_over, receive_slots
+from rora_serve.engine.handover import Draft, copied, hand_over, receive_slots
 from rora_serve.engine.loading import lay_out, read_slot
-from rora_serve.engine.slots import Element, Site, Slot, mapped, new_memory, shared_file
+from rora_serve.engine.slots import Element, Site, Slot, new_memory
 from rora_serve.loader import Loader
 
 SITES: dict[str, Site | None] = {
@@ -173,24 +173,45 @@ def test_another_file_than_the_digests_is_refused(tmp_path: Path) -> None:
     read_again()
 
 
-def test_a_slot_of_another_process_is_read_only_and_keeps_no_file_open() -> None:
+def test_a_slot_is_copied_out_of_a_file_into_memory_that_goes_back() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
-    file = shared_file()
-    written = new_memory(5000, file)
-    written[:5] = b"slot!"
-    with pytest.raises(OSError, match="has 5000 bytes, 4999 are expected"):
-        mapped(file, 4999)
-    with pytest.raises(PermissionError):
-        os.ftruncate(file, 10)
-    memory = mapped(file, 5000)
-    os.close(file)
-    written.close()
-    assert bytes(memory[:5]) == b"slot!"
+    draft = Draft()
+    num_bytes = 5 * 1024**2 + 5  # of large pages and small ones
+    numbers = np.random.default_rng(0).integers(0, 256, num_bytes, np.uint8)
+    np.frombuffer(draft.room(num_bytes), np.uint8)[:] = numbers
+    memory = copied(draft.file, num_bytes)
+    np.testing.assert_array_equal(np.frombuffer(memory, np.uint8), numbers)
+    assert memory.readonly
+    with pytest.raises(OSError, match=f"has {num_bytes} bytes, {num_bytes + 1} are expected"):
+        copied(draft.file, num_bytes + 1)
+    draft.room(7)[:] = b"another"
+    assert bytes(memory[:7]) == numbers[:7].tobytes()
+    content = memory.obj
+    gone = weakref.ref(content)
+    del content, memory
+    assert gone() is None, "it goes with the last that refers to it"
+    os.close(draft.file)
+    del draft  # its map holds a descriptor too
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-    address = memory.obj
-    gone = weakref.ref(address)
-    del address, memory
-    assert gone() is None, "what is mapped goes with the last that refers to it"
+
+
+def test_a_draft_is_kept_unless_it_is_large() -> None:
+    draft = Draft()
+    for num_bytes, kept in ((1000, 1000), (3000, 3000), (2000, 3000), (65 * 1024**2, 0), (10, 10)):
+        assert len(draft.room(num_bytes)) == num_bytes
+        draft.tidy()
+        assert os.fstat(draft.file).st_size == kept
+    os.close(draft.file)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 4096, 2 * 1024**2, 21 * 1024**2 + 1])
+def test_memory_for_slots_is_not_rounded_up_to_large_pages(num_bytes: int) -> None:
+    before = psutil.Process().memory_info().rss
+    numbers = np.frombuffer(new_memory(num_bytes), np.uint8)
+    numbers[:] = 1
+    assert psutil.Process().memory_info().rss - before <= num_bytes + 512 * 1024
+    assert len(numbers) == num_bytes
+    assert numbers.ctypes.data % (2 * 1024**2) == 0
 
 
 def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
@@ -199,17 +220,19 @@ def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
     folder = make(tmp_path / "a", {"m.v": (1, 6, 4), "m.o": (200, 8, 6)})
     expected = read(folder)
     digest = weights_digest(open_artifact(folder))
-    assert hand_over(tmp_path / "socket", 7, folder, digest) == expected.num_bytes
+    draft = Draft()
+    assert hand_over(tmp_path / "socket", 7, folder, digest, draft=draft) == expected.num_bytes
     assert bytes(holder.slots[7].memory) == expected.memory[:]
     assert not holder.slots[7].ranks.flags.writeable
     with pytest.raises(ArtifactError, match="differs from what was stored"):
-        hand_over(tmp_path / "socket", 8, folder, "0" * 64)
+        hand_over(tmp_path / "socket", 8, folder, "0" * 64, draft=draft)
     misfit = make(tmp_path / "b", {"m.x": (1, 1, 1)})
+    other_digest = weights_digest(open_artifact(misfit))
     with pytest.raises(AdapterMismatchError, match=r"m\.x"):
-        hand_over(tmp_path / "socket", 8, misfit, weights_digest(open_artifact(misfit)))
+        hand_over(tmp_path / "socket", 8, misfit, other_digest, draft=draft)
     assert list(holder.slots) == [7]
     with pytest.raises(EngineSeamError, match="takes no adapters"):
-        hand_over(tmp_path / "nobody", 8, folder, digest)
+        hand_over(tmp_path / "nobody", 8, folder, digest, draft=draft)
 
 
 @pytest.fixture
