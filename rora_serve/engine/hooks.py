@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rora_serve.engine.compat import BaseLayer, wrap_head
 
@@ -27,19 +27,37 @@ _OPERATORS.impl("add_deltas", _add_deltas, "CPU")
 torch.library.register_fake("rora_serve::add_deltas", lambda *_: None, lib=_OPERATORS)
 
 
-def hook_layers(layers: Iterable[tuple[BaseLayer, AddDeltas]]) -> None:
-    """Let functions see what layers got and returned, and change the latter.
+class LayerHooks:
+    """Functions that see what layers got and returned, and change the latter.
 
     One model a process: the operator knows layers by name.
+
+    Args: layers: of the model, each with its function.
     """
-    _in_use.clear()
-    for base, add in layers:
-        _in_use[base.name] = add
-        if base.is_head:
-            wrap_head(base.module, add)
-        else:
-            # Not by a forward hook of torch's, which makes calls slower (docs/decisions/0002).
-            base.module.__class__ = _hooked(type(base.module), base.name, add)
+
+    def __init__(self, layers: Iterable[tuple[BaseLayer, AddDeltas]]) -> None:
+        _in_use.clear()
+        self._classes: list[tuple[nn.Module, type, type]] = []
+        for base, add in layers:
+            _in_use[base.name] = add
+            if base.is_head:
+                wrap_head(base.module, add)
+            else:
+                # Not by a forward hook of torch's, which makes calls slower (docs/decisions/0002).
+                plain = type(base.module)
+                self._classes.append((base.module, plain, _hooked(plain, base.name, add)))
+        self._are_on = False
+        self.switch(on=True)
+
+    def switch(self, *, on: bool) -> None:
+        """Let layers be vLLM's own or ours; the head always looks by itself.
+
+        Not for a model that is compiled: its graph stays what it was when it was traced.
+        """
+        if on != self._are_on:
+            self._are_on = on
+            for module, plain, hooked in self._classes:
+                module.__class__ = hooked if on else plain
 
 
 def _hooked(layer_class: Any, name: str, add: AddDeltas) -> Any:

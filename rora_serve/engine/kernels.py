@@ -25,7 +25,6 @@ from numba import carray, cfunc, config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rora_serve.engine.ragged_batch import PADDING
 from rora_serve.engine.slots import PANEL, Element
 from rora_serve.engine.threads import Threads
 
@@ -38,7 +37,6 @@ _ROWS = 4 if _HAS_AVX512 else 3
 _FACTORS = 4
 _MANY = 16  # rows from which on threads share a group's rows, not its factors, if there are enough
 _BLOCK = 8 * _ROWS  # rows whose part of x and y stays in the second-level cache
-assert _ROWS <= PADDING, "a tile asks for the rows after its own"
 _AHEAD = 4096  # bytes of A that are asked for before a row alone reads them
 _FLOAT32, _BFLOAT16 = int(Element.F32), int(Element.BF16)
 
@@ -330,10 +328,6 @@ def _new_add_tile(num_rows: int, num_vectors: int, lanes: int) -> Callable[..., 
             numbers = _Builder(builder, 1)
             size_y, size_b = like_y.bitwidth // 8, like_b.bitwidth // 8
             y_rows = [to.plus(y, to.times(to.integer(rows, i), y_stride)) for i in range(num_rows)]
-            for i in range(num_rows, 2 * num_rows):  # the next tile's
-                next_row = to.plus(y, to.times(to.integer(rows, i), y_stride))
-                for offset in range(0, num_vectors * lanes * size_y, 64):
-                    to.prefetch(to.plus(next_row, _BITS_64(offset)))
             s_rows = [to.plus(s, to.times(s_stride, i)) for i in range(num_rows)]
             tile = [(i, v) for i in range(num_rows) for v in range(num_vectors)]
             sums = {place: to.zero() for place in tile}
@@ -615,6 +609,7 @@ class Loop:
             _run(carray(job, 1)[0], like)
 
         self._function = run  # its code is freed with it
+        self._address: int = run.address
         self._threads = threads
 
     def new_job(self) -> Job:
@@ -625,6 +620,6 @@ class Loop:
             barrier=self._threads.barrier,
         )
 
-    def run(self, job: Job) -> None:
-        """Add every group's delta to its rows of y."""
-        self._threads.run(self._function.address, ctypes.addressof(job))
+    def run(self, job: int) -> None:
+        """Add every group's delta to its rows of y; the job is named by its address."""
+        self._threads.run(self._address, job)

@@ -18,7 +18,7 @@ from vllm.lora.request import LoRARequest
 
 from adapters.errors import EngineSeamError
 from rora_serve.engine.compat import base_layers, vllm_module_name
-from rora_serve.engine.hooks import AddDeltas, hook_layers
+from rora_serve.engine.hooks import AddDeltas, LayerHooks
 from rora_serve.engine.loading import read_slot
 from rora_serve.engine.ragged_batch import Groups, RaggedBatch
 from rora_serve.engine.ragged_layers import DTYPES, RaggedLayer
@@ -37,9 +37,10 @@ class RaggedLoraManager:
     Args:
         model: vLLM's base model; each of its layers that an adapter can change gets our part.
         dtype: that it computes in.
+        is_compiled: whether it is traced once for all batches.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, is_compiled: bool) -> None:
         # numba must come after vLLM has registered its own kernels, which it has by now.
         from rora_serve.engine.kernels import Loop  # noqa: PLC0415
 
@@ -67,9 +68,10 @@ class RaggedLoraManager:
         self.num_parts = max((len(base.parts) for base in layers), default=1)
         self._batch = RaggedBatch(len(layers))
         self.site = lru_cache(maxsize=_KNOWN_NAMES)(self._find_site)
-        hook_layers(
+        self._hooks = LayerHooks(
             (base, self._adding(index, is_head=base.is_head)) for index, base in enumerate(layers)
         )
+        self._is_compiled = is_compiled
 
     @property
     def num_layers(self) -> int:
@@ -90,12 +92,14 @@ class RaggedLoraManager:
         batch, layer = self._batch, self._layers[index]
 
         def add_deltas(x: Tensor, y: Tensor) -> None:
-            groups = batch.tokens
-            # Base-only steps end here, and so does the warm-up, whose logits are of no step's rows.
-            if groups.is_touched[index]:
-                layer.add_deltas(x, y, self._groups_of_head(x) if is_head else groups)
+            layer.add_deltas(x, y, batch.tokens)
 
-        return add_deltas
+        def add_to_logits(hidden: Tensor, logits: Tensor) -> None:
+            # The warm-up's logits are of no step's rows.
+            if batch.tokens.is_touched[index]:
+                layer.add_deltas(hidden, logits, self._groups_of_head(hidden))
+
+        return add_to_logits if is_head else add_deltas
 
     def _groups_of_head(self, hidden: Tensor) -> Groups:
         """Return the rows of which logits are wanted: those that are sampled, or a prompt's own.
@@ -129,6 +133,8 @@ class RaggedLoraManager:
             if key not in self._slots and key not in self._warming_up:
                 self._read_now(request)
         self._batch.set_rows(mapping.index_mapping, mapping.prompt_mapping, self._slots)
+        if not self._is_compiled:  # base-only steps are vLLM's own
+            self._hooks.switch(on=self._batch.tokens.tables is not None)
 
     def _read_now(self, request: LoRARequest) -> None:
         """Read an adapter that a step needs and nobody holds, which leases are there to prevent.

@@ -13,8 +13,6 @@ from rora_serve.engine.slots import Slot
 if TYPE_CHECKING:
     from rora_serve.engine.kernels import Job
 
-PADDING = 4  # rows after the last one; the loop asks for the next tile's before it is there
-
 
 class RowTables:
     """What the compiled loop reads of a step: rows by group, and the slots' tables side by side.
@@ -30,8 +28,7 @@ class RowTables:
         self.number = next(self._numbers)
         slots = [slot for slot, _ in groups]
         lengths = [len(rows) for _, rows in groups]
-        padding = np.zeros(PADDING, np.int64)
-        self._rows = np.concatenate([*(rows for _, rows in groups), padding])
+        self._rows = np.concatenate([rows for _, rows in groups])
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._elements = np.array([int(slot.element) for slot in slots])
         # By layer and group.

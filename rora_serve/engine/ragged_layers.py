@@ -1,5 +1,6 @@
 """RaggedLayer: what adapters add to one layer of the base model, each at its own rank."""
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,13 +52,16 @@ class RaggedLayer:
         self._index = index
         self._columns = np.array(parts, np.int64)
         self._dtype = DTYPES[loop.element]
-        self._loop = loop
+        self._run = loop.run
         self._job = loop.new_job()
+        self._job_address = ctypes.addressof(self._job)
         self._job.is_embedding = int(kind == "embedding")
         self._job.in_features = in_features
         self._job.num_parts = len(parts)
         self._job.columns = self._columns.ctypes.data
         self._filled_from = 0
+        self._seen: tuple[object, ...] | None = None
+        self._is_plain = False
 
     def add_deltas(self, x: Tensor, y: Tensor, groups: Groups) -> None:
         """Add every group's delta to its rows of `y`, in place.
@@ -73,9 +77,31 @@ class RaggedLayer:
         """
         if not groups.is_touched[self._index]:
             return  # such layers may see other rows, as those of an image encoder do
+        tables = groups.tables
+        assert tables is not None, "a layer that is touched has rows"
+        job = self._job
+        if tables.number != self._filled_from:
+            tables.fill(job, self._index)
+            self._filled_from = tables.number
+            self._seen = None
+        # The compiled loop reads and writes where it is told, as what it is told. Mostly that is as
+        # in the step before, and looking twice would cost more than the call.
+        seen = (x.shape, x.stride(), x.dtype, y.shape, y.stride(), y.dtype)
+        if seen != self._seen:
+            self._check(x, y, groups)
+            self._seen = seen
+            self._is_plain = self.kind == "linear" and x.stride(-1) == y.stride(-1) == 1
+            job.x_stride = x.stride(0) * x.element_size()
+            job.y_stride = y.stride(0) * y.element_size()
+        if self._is_plain:
+            job.x, job.y = x.data_ptr(), y.data_ptr()
+            self._run(self._job_address)
+        else:
+            self._add_to_a_copy(x, y)
+
+    def _check(self, x: Tensor, y: Tensor, groups: Groups) -> None:
         last, width = self.parts[-1]
         is_linear = self.kind == "linear"
-        # The compiled loop reads and writes where it is told, as what it is told.
         fits = (
             x.dim() == (2 if is_linear else 1)
             and y.dim() == 2
@@ -91,19 +117,14 @@ class RaggedLayer:
                 f"[num_rows, out_features] of {self._dtype} are expected; this model's layers are "
                 "not served yet"
             )
-        tables = groups.tables
-        assert tables is not None, "a layer that is touched has rows"
+
+    def _add_to_a_copy(self, x: Tensor, y: Tensor) -> None:
+        """Do it for tokens, and for rows whose numbers are no neighbours."""
+        x = x.contiguous() if self.kind == "linear" else x.long().contiguous()
+        result = y.contiguous()
         job = self._job
-        if tables.number != self._filled_from:
-            tables.fill(job, self._index)
-            self._filled_from = tables.number
-        if not is_linear:
-            x = x.long()
-        elif x.stride(-1) != 1:
-            x = x.contiguous()
-        result = y if y.stride(-1) == 1 else y.contiguous()
         job.x, job.x_stride = x.data_ptr(), x.stride(0) * x.element_size()
         job.y, job.y_stride = result.data_ptr(), result.stride(0) * result.element_size()
-        self._loop.run(job)
+        self._run(self._job_address)
         if result is not y:
             y.copy_(result)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import CompilationMode
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rora_serve.engine.compat import check_vllm_version, replace_lora_manager
@@ -24,7 +25,8 @@ class RaggedCpuWorker(CPUWorker):
         def make_manager(model: Any) -> RaggedLoraManager:
             dtype = self.model_config.dtype
             assert isinstance(dtype, torch.dtype), "vLLM has resolved it by now"
-            self._ragged = RaggedLoraManager(model, dtype)
+            mode = self.vllm_config.compilation_config.mode
+            self._ragged = RaggedLoraManager(model, dtype, is_compiled=mode != CompilationMode.NONE)
             receive_slots(Path(os.environ[SOCKET_VARIABLE]), self._ragged)
             return self._ragged
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rora_serve.engine.compat import BaseLayer
-from rora_serve.engine.hooks import AddDeltas, hook_layers
+from rora_serve.engine.hooks import AddDeltas, LayerHooks
 
 
 class Layer(nn.Linear):
@@ -29,7 +29,7 @@ class Model(nn.Module):
         return found
 
 
-def hooked(seen: list[tuple[int, int]]) -> Model:
+def hooked(seen: list[tuple[int, int]]) -> tuple[Model, LayerHooks]:
     """A model whose layers all give a little more, by which their order can be told."""
     model = Model()
 
@@ -40,11 +40,11 @@ def hooked(seen: list[tuple[int, int]]) -> Model:
 
         return add
 
-    hook_layers(
+    hooks = LayerHooks(
         (BaseLayer(name, module, "linear", 0, {}), adding(index))
         for index, (name, module) in enumerate(list(model.named_children()))
     )
-    return model
+    return model, hooks
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -52,7 +52,7 @@ def hooked(seen: list[tuple[int, int]]) -> Model:
 def test_each_layers_output_is_changed_in_place(is_compiled: bool) -> None:
     seen: list[tuple[int, int]] = []
     torch.manual_seed(0)
-    model = hooked(seen)
+    model, _ = hooked(seen)
     run: Any = torch.compile(model, fullgraph=True, dynamic=True) if is_compiled else model
     for count in (2, 5, 7):
         ids = torch.arange(count)
@@ -64,3 +64,19 @@ def test_each_layers_output_is_changed_in_place(is_compiled: bool) -> None:
         assert seen == [(0, count), (1, count), (2, count)], "once each, whatever the shapes"
     assert isinstance(model.first, Layer)
     assert type(model.first).__name__ == "Layer", "which vLLM's own code may look at"
+
+
+@torch.no_grad()
+def test_layers_are_vllms_own_while_they_are_switched_off() -> None:
+    seen: list[tuple[int, int]] = []
+    model, hooks = hooked(seen)
+    ids = torch.arange(3)
+    changed = model(ids)
+    hooks.switch(on=False)
+    assert type(model.first) is Layer
+    seen.clear()
+    plain = model(ids)
+    assert not seen
+    assert not torch.equal(plain, changed)
+    hooks.switch(on=True)
+    torch.testing.assert_close(model(ids), changed)
