@@ -9,6 +9,7 @@ from typing import Any
 
 import vllm
 from torch import Tensor, nn
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -32,6 +33,15 @@ def check_vllm_version() -> None:
             f"vLLM {vllm.__version__}: a version {' or '.join(TESTED_VERSIONS)}x is expected; "
             "install the version that rora-serve pins"
         )
+
+
+def sleep_between_messages() -> None:
+    """Let this process wait for messages of vLLM's other processes asleep.
+
+    By default a process that had one within a second looks for the next one again and again. Where
+    every core computes, that takes a third of one from the threads that the message is made by.
+    """
+    SpinCondition.__init__.__defaults__ = (0,)  # busy_loop_s, which nobody gives
 
 
 def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], Any]) -> None:

@@ -1,9 +1,11 @@
-"""The entry point that vLLM asks for a platform; light, since every process imports it."""
+"""What vLLM asks us for in each of its processes; light, since all of them import it."""
 
 import os
 
 # Set by rora_serve.launch alone, so that a stock vLLM in the same environment stays stock.
 SEAM_FLAG = "RORA_SERVE_ENGINE_SEAM"
+# Set by it too, where every core computes.
+SLEEP_FLAG = "RORA_SERVE_SLEEP_BETWEEN_MESSAGES"
 
 
 def platform_plugin() -> str | None:
@@ -18,3 +20,11 @@ def platform_plugin() -> str | None:
     if cpu_platform_plugin() is None:
         return None
     return "rora_serve.engine.platform.RoraCpuPlatform"
+
+
+def process_plugin() -> None:
+    """Set up one of vLLM's processes."""
+    if os.environ.get(SLEEP_FLAG) == "1":
+        from rora_serve.engine.compat import sleep_between_messages  # noqa: PLC0415
+
+        sleep_between_messages()

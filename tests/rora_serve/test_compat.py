@@ -5,14 +5,18 @@ from typing import Any, ClassVar
 
 import pytest
 from torch import nn
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from adapters.errors import EngineSeamError
 from rora_serve.engine import compat
@@ -64,6 +68,31 @@ def test_the_platform_looks_at_lora_for_nothing_but_compilation() -> None:
     assert source.count("lora_config") == 1
     after = source.partition("if vllm_config.lora_config is not None:")[2]
     assert after.split()[:3] == ["compilation_config.mode", "=", "CompilationMode.NONE"]
+
+
+def test_readers_of_messages_are_made_with_the_default_that_we_change() -> None:
+    parameters = list(inspect.signature(SpinCondition.__init__).parameters.values())
+    assert [p.name for p in parameters if p.default is not p.empty] == ["busy_loop_s"]
+    assert "busy_loop_s" not in inspect.getsource(MessageQueue)
+    source = inspect.getsource(SpinCondition.wait)
+    assert "if current_time <= self.last_read + self.busy_loop_s:" in source
+    before = SpinCondition.__init__.__defaults__
+    try:
+        compat.sleep_between_messages()
+        assert inspect.signature(SpinCondition.__init__).parameters["busy_loop_s"].default == 0
+    finally:
+        SpinCondition.__init__.__defaults__ = before
+
+
+def test_plugins_are_loaded_before_a_process_listens() -> None:
+    for start, listens in (
+        (EngineCore.__init__, "executor_class("),
+        (WorkerProc.__init__, "self._init_message_queues("),
+    ):
+        source = inspect.getsource(start)
+        loads = "load_general_plugins()" if start is EngineCore.__init__ else "init_worker("
+        assert 0 <= source.index(loads) < source.index(listens)
+    assert "load_general_plugins()" in inspect.getsource(WorkerWrapperBase.init_worker)
 
 
 def test_logits_are_computed_by_the_method_that_we_wrap() -> None:
