@@ -13,10 +13,11 @@ Figures, by number of adapters in flight and popularity:
     decode_vs_floor: the least that a step can take over what it takes: the base's step, and the
         bytes of the adapters in it at the rate (median) at which all cores read memory, measured
         here.
+    floor_vs_base_eager: the base's step over the floor: what decode_vs_base_eager is at the floor.
     prefill_vs_base_eager: prompt tokens per second over the base's.
     idle_vs_base_eager: decode of base requests with LoRA on, over the base's.
     decode_vs_stock, prefill_vs_stock: 8 adapters, over stock vLLM's LoRA with the linear layers
-        only.
+        only; base_decode_vs_stock: the base model's own, without any adapter.
     latency: milliseconds to the first token and between tokens of the decode runs.
 """
 
@@ -101,6 +102,10 @@ class Duel:
             num_tokens=num_tokens,
         )
 
+    def decode_base(self, count: int, num_tokens: int) -> float:
+        """Return the base's tokens per second with `count` requests."""
+        return decode_rate(self.decode(self._base, [BASE] * count, num_tokens))
+
     def prefill(self, server: Server, models: Sequence[str]) -> float:
         """Send one long prompt a model; return prompt tokens per second."""
         self._seed += 1
@@ -131,10 +136,13 @@ class Duel:
         return found
 
 
-def step_at_the_floor(rate: Rate, adapter_bytes: int, bytes_per_second: float) -> float:
-    """Return the least seconds of a step over those that it took."""
-    floor: float = rate["rows"] / rate["base"] + adapter_bytes / bytes_per_second
-    return floor / float(rate["rows"] / rate["ours"])
+def step_at_the_floor(
+    rate: Rate, adapter_bytes: int, bytes_per_second: float
+) -> tuple[float, float]:
+    """Return the least seconds of a step over those that it took, and the base's over the least."""
+    base: float = rate["rows"] / rate["base"]
+    floor = base + adapter_bytes / bytes_per_second
+    return floor / float(rate["rows"] / rate["ours"]), base / floor
 
 
 def main() -> None:
@@ -209,6 +217,7 @@ def measure(
     prefill: dict[tuple[int, str], list[Rate]] = {case: [] for case in cases}
     idle, streams = [], []
     floors: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
+    limits: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
     for repeat in range(arguments.repeats):
         base_first = repeat % 2 == 0
         idle.append(duel.decodes(ours, [BASE] * NUM_REQUESTS, base_first=base_first))
@@ -220,7 +229,9 @@ def measure(
             streams.append(stream_rate())
             read = sum(num_bytes[name] for name in set(models))
             decode[case].append(rate)
-            floors[case].append(step_at_the_floor(rate, read, streams[-1]))
+            floor, limit = step_at_the_floor(rate, read, streams[-1])
+            floors[case].append(floor)
+            limits[case].append(limit)
             models = requests_for(names, min(count, NUM_PREFILLS), popularity, NUM_PREFILLS)
             prefill[case].append(duel.prefills(ours, models, base_first=base_first))
             print(
@@ -243,6 +254,7 @@ def measure(
     figures = {
         "decode_vs_base_eager": by_case(ratios(decode)),
         "decode_vs_floor": by_case(floors),
+        "floor_vs_base_eager": by_case(limits),
         "prefill_vs_base_eager": by_case(ratios(prefill)),
         "idle_vs_base_eager": spread([rate["ours"] / rate["base"] for rate in idle]),
     }
@@ -267,17 +279,26 @@ def measure(
 def beside_stock(
     duel: Duel, ours: Server, stock: Server, names: Sequence[str], repeats: int
 ) -> dict[str, Any]:
-    """Return both figures beside stock vLLM's LoRA."""
+    """Return the figures beside stock vLLM's LoRA."""
     models = list(interleaved(list(names), [NUM_REQUESTS // len(names)] * len(names)))
     few = list(interleaved(list(names), [NUM_PREFILLS // len(names)] * len(names)))
-    decode, prefill = [], []
+    decode, base, prefill = [], [], []
     for _ in range(repeats):
         theirs = decode_rate(duel.decode(stock, models, STOCK_TOKENS))
         decode.append(decode_rate(duel.decode(ours, models, STOCK_TOKENS)) / theirs)
+        base.append(duel.decode_base(len(models), STOCK_TOKENS) / theirs)
         theirs = duel.prefill(stock, few)
         prefill.append(duel.prefill(ours, few) / theirs)
-        print(f"stock: {decode[-1]:.2f}, {prefill[-1]:.2f}", file=sys.stderr, flush=True)
-    return {"decode_vs_stock": spread(decode), "prefill_vs_stock": spread(prefill)}
+        print(
+            f"stock: {decode[-1]:.2f} (base {base[-1]:.2f}), {prefill[-1]:.2f}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return {
+        "decode_vs_stock": spread(decode),
+        "base_decode_vs_stock": spread(base),
+        "prefill_vs_stock": spread(prefill),
+    }
 
 
 if __name__ == "__main__":
