@@ -10,6 +10,8 @@ RoraError
 ├── AdapterNotFoundError (LookupError)     a name, alias or digest that the store does not hold
 ├── StoreError (OSError)                   the store's own files
 ├── TrainingError (RuntimeError)           a run that can not go on, or whose result can not be used
+├── AuthenticationError (ValueError)       a request whose key can not be told
+├── LimitExceededError (RuntimeError)      a request above its tenant's limits
 └── EngineSeamError (RuntimeError)         the engine runs without our layers
 
 A message reads "where: what was found, what was expected; what to do", on one line. Each class also
@@ -67,6 +69,19 @@ class StoreError(RoraError, OSError):
 
 class TrainingError(RoraError, RuntimeError):
     """A training run can not go on, or its result can not be used."""
+
+
+class AuthenticationError(RoraError, ValueError):
+    """A request does not say plainly which key it presents."""
+
+
+class LimitExceededError(RoraError, RuntimeError):
+    """A request is above a limit of its tenant, for now.
+
+    retry_after_seconds: after which it may come again.
+    """
+
+    retry_after_seconds: float = 0.0
 
 
 class EngineSeamError(RoraError, RuntimeError):

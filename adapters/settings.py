@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import (
@@ -105,7 +105,7 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(model), n=1, cutoff=0.4)
+        near = difflib.get_close_matches(key, known_keys(model, location), n=1, cutoff=0.4)
         hint = f"; nearest known key: {near[0]}" if near else ""
         return f"{key}: unknown key{hint}"
     if problem["type"] == "missing":
@@ -113,16 +113,25 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
     expected = problem["msg"].removeprefix("Value error, ")
     if not location:  # of several settings together, which the message names
         return str(expected)
-    return f"{key}: found {problem['input']!r}, {expected[:1].lower()}{expected[1:]}"
+    expected = f"{expected[:1].lower()}{expected[1:]}"
+    if model.model_config.get("hide_input_in_errors"):  # it may be a secret in the wrong place
+        return f"{key}: {expected}"
+    return f"{key}: found {problem['input']!r}, {expected}"
 
 
-def known_keys(model: type[BaseModel]) -> list[str]:
-    """Return the dotted keys of all settings of `model`."""
+def known_keys(model: type[BaseModel], location: Sequence[str] = ()) -> list[str]:
+    """Return the dotted keys of all settings of `model`.
+
+    Args: location: of a key; in tables whose names users choose, the names on its way are taken.
+    """
     keys = []
     for name, field in model.model_fields.items():
-        section = field.annotation
+        section, place = field.annotation, [name]
+        rest = location[1:] if location[:1] == place else []
+        if get_origin(section) is dict and rest:
+            section, place, rest = get_args(section)[1], [name, rest[0]], rest[1:]
         if isinstance(section, type) and issubclass(section, BaseModel):
-            keys += [f"{name}.{inner}" for inner in known_keys(section)]
+            keys += [".".join((*place, inner)) for inner in known_keys(section, rest)]
         else:
             keys.append(name)
     return keys

@@ -11,17 +11,22 @@ from adapters.command import run_command
 from adapters.errors import ConfigError
 from adapters.settings import add_flags, read_settings, with_hyphens
 from rora_serve.config import ServeConfig
+from rora_serve.tenants import check_tenant_name, key_lines, new_key
 
 PROGRAM = "rora-serve"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run rora-serve. Returns: 0 stopped by a signal, 1 failed, 2 wrong usage."""
-    ours, vllm_options = _split(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["key"]:
+        return run_command(PROGRAM, lambda: _make_key(given[1:]))
+    ours, vllm_options = _split(given)
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Serve adapters of one base model beside it, behind an OpenAI-style API.",
-        epilog="Options after `--` go to vLLM as they are, for example: -- --max-model-len 4096",
+        epilog="`rora-serve key NAME` makes a key for a tenant of --keys. Options after `--` go to "
+        "vLLM as they are, for example: -- --max-model-len 4096",
     )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="serve.toml with these settings"
@@ -42,6 +47,20 @@ def main(argv: list[str] | None = None) -> int:
         return launch(config, folder, base_name=model_name(config.model), vllm_options=vllm_options)
 
     return run_command(PROGRAM, serve)
+
+
+def _make_key(argv: list[str]) -> int:
+    """Print a new key, and what the key file says of it."""
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} key",
+        description="Make a key. It is printed and kept nowhere; the key file has its hash.",
+    )
+    parser.add_argument("name", metavar="NAME", help="of the tenant that gets it")
+    name = check_tenant_name(parser.parse_args(argv).name)
+    key = new_key()
+    print(f"{key}\n\n# For --keys FILE; a tenant that is there already gets one hash more.")
+    print(key_lines(name, key))
+    return 0
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -15,6 +15,9 @@ class ServeConfig(BaseModel):
         None, description="folder or hub name of the base model; none: SmolLM2-135M-Instruct"
     )
     store: Path = Field(Path("store"), description="folder of adapters, made by rora-adapters")
+    keys: Path | None = Field(
+        None, description="TOML file of tenants and their keys; none: everybody may do everything"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     max_num_seqs: int = Field(64, ge=1, description="requests in one engine step at most")
