@@ -161,3 +161,17 @@ def vllm_module_name(module: str, model: nn.Module) -> str:
     suffix = ".lora_A.weight"  # vLLM's mapping rules are for names of tensors
     mapped = mapper.get_rename_mapper().map_name(module + suffix)
     return module if mapped is None else str(mapped).removesuffix(suffix)
+
+
+def drop_lora_info(engine: Any) -> None:
+    """Let vLLM's metrics leave out `vllm:lora_requests_info`.
+
+    It makes a new series for every combination of adapters that run or wait together, by their
+    digests, and keeps it for ever; no option leaves it out. With --disable-log-stats there are no
+    metrics.
+    Args: engine: vLLM's client in the server's process.
+    """
+    manager = engine.logger_manager
+    for stat_logger in () if manager is None else manager.stat_loggers:
+        if hasattr(stat_logger, "gauge_lora_info"):
+            stat_logger.gauge_lora_info = None

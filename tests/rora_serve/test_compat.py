@@ -1,6 +1,7 @@
 """The private names of vLLM that we touch are where engine/compat.py expects them."""
 
 import inspect
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,8 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.multiproc_executor import WorkerProc
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -152,3 +155,31 @@ def test_a_fused_layer_holds_its_modules_one_after_the_other() -> None:
     odd: Any = Layer(20, [16, 4])
     with pytest.raises(EngineSeamError, match="holds 2 parts and names 3"):
         compat.linear_parts("m.0.qkv_proj", odd, Packed())
+
+
+def test_vllms_metric_of_adapters_is_made_only_where_we_look() -> None:
+    assert "self.logger_manager: StatLoggerManager | None = None" in inspect.getsource(AsyncLLM)
+    assert "self.stat_loggers" in inspect.getsource(StatLoggerManager.__init__)
+    source = inspect.getsource(PrometheusStatLogger)
+    assert source.count("vllm:lora_requests_info") == 2  # and a warning
+    assert source.count("self.gauge_lora_info.labels") == 1
+    record = inspect.getsource(PrometheusStatLogger.record)
+    guard, _, _ = record.partition("self.gauge_lora_info.labels")
+    assert "if self.gauge_lora_info is not None:" in guard
+
+
+def test_vllms_metric_of_adapters_is_dropped() -> None:
+    prometheus = SimpleNamespace(gauge_lora_info=object())
+    other = SimpleNamespace()
+    compat.drop_lora_info(
+        SimpleNamespace(logger_manager=SimpleNamespace(stat_loggers=[other, prometheus]))
+    )
+    assert prometheus.gauge_lora_info is None
+    assert vars(other) == {}
+    compat.drop_lora_info(SimpleNamespace(logger_manager=None))
+
+
+def test_every_call_of_generate_fits_our_wrapper() -> None:
+    parameters = inspect.signature(AsyncLLM.generate).parameters.values()
+    open_ones = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    assert open_ones == ["self", "prompt", "sampling_params", "request_id"]
