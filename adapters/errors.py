@@ -12,7 +12,9 @@ RoraError
 ├── TrainingError (RuntimeError)           a run that can not go on, or whose result can not be used
 ├── AuthenticationError (ValueError)       a request whose key can not be told
 ├── LimitExceededError (RuntimeError)      a request above its tenant's limits
-└── EngineSeamError (RuntimeError)         the engine runs without our layers
+├── EngineSeamError (RuntimeError)         the engine runs without our layers
+├── OverloadedError (RuntimeError)         more requests wait than may
+└── DeadlineError (TimeoutError)           a request that waited longer than it allowed
 
 A message reads "where: what was found, what was expected; what to do", on one line. Each class also
 inherits the built-in error that it refines, so that callers may catch either.
@@ -86,3 +88,16 @@ class LimitExceededError(RoraError, RuntimeError):
 
 class EngineSeamError(RoraError, RuntimeError):
     """The engine does not run our adapter layers."""
+
+
+class OverloadedError(RoraError, RuntimeError):
+    """More requests wait than may; this one was not taken.
+
+    retry_after_seconds: when those that wait now will have been let in, as things go.
+    """
+
+    retry_after_seconds: int = 1
+
+
+class DeadlineError(RoraError, TimeoutError):
+    """A request's deadline came before its turn."""
