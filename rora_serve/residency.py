@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapters import Version
+from adapters import ResolvedVersion, Version
 from adapters.errors import AdapterNotFoundError, ResidencyError
 from rora_serve.host_tier import Tier
 from rora_serve.models import ModelDirectory, ServedAdapter
@@ -59,6 +59,18 @@ class Residents:
         Raises: as `ModelDirectory.open`; AdapterNotFoundError: it is the base model.
         """
         served = await self._open(reference)
+        self._directory.close(served, was_answered=True)
+
+    async def try_out(self, staged: ResolvedVersion) -> None:
+        """Load a version that has no name yet, as its first request would: what admits an upload.
+
+        Raises: as `ModelDirectory.open`; it leaves memory and store as soon as nothing needs it.
+        """
+        try:
+            served = await self._directory.open_version(staged.name, staged)
+        except BaseException:
+            self._begin_to_retire([staged.version])
+            raise
         self._directory.close(served, was_answered=True)
 
     async def pin(self, reference: str) -> None:
@@ -118,9 +130,7 @@ class Residents:
         own = self._directory.leases()
         await asyncio.to_thread(store.remove, reference, force=force, besides=own)
         self.unpin(name, going)
-        retiring = asyncio.create_task(self._retire(going))
-        self._retiring.add(retiring)
-        retiring.add_done_callback(self._retiring.discard)
+        retiring = self._begin_to_retire(going)
         if not any(tier.is_needed(version.weights_digest) for version in going):
             await asyncio.shield(retiring)
 
@@ -131,6 +141,12 @@ class Residents:
                 f"adapter {name!r}: {num_running} requests use it, none is expected; try again "
                 "when they have ended"
             )
+
+    def _begin_to_retire(self, versions: Sequence[Version]) -> "asyncio.Task[None]":
+        retiring = asyncio.create_task(self._retire(versions))
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+        return retiring
 
     async def _retire(self, versions: Sequence[Version]) -> None:
         """Free what removed versions take, in memory and on disk, once nothing needs it."""

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from adapters.errors import AdapterMismatchError
 from tests.rora_serve.adapter_server import Place, run
 
 
@@ -83,6 +84,42 @@ def test_what_aliases_or_requests_need_goes_only_by_force_and_they_end_on_it(pla
         answer = await place.ask("DELETE", f"/v1/adapters/a@{place.first}?force=true")
         assert answer.status_code == 409
         assert "its last version" in answer.json()["error"]["message"]
+
+    run(ask())
+
+
+def test_an_upload_is_tried_out_before_it_has_a_name(place: Place) -> None:
+    """The engine's refusal leaves no name, no file and nothing in memory."""
+
+    async def ask() -> None:
+        place.server.admit = place.server.residents.try_out
+        objects = place.store.root / "objects"
+        before = set(objects.iterdir())
+        place.server.engine.errors.append(AdapterMismatchError("no such layer"))
+        answer = await place.server.upload(place.third, "b")
+        assert answer.status_code == 422
+        assert "no such layer" in answer.json()["error"]["message"]
+        assert (await place.ask("GET", "/v1/adapters/b")).status_code == 404
+        assert (set(objects.iterdir()), place.server.engine.held) == (before, {})
+        answer = await place.server.upload(place.third, "b")
+        assert [version["tier"] for version in answer.json()["versions"]] == ["host"]
+
+    run(ask())
+
+
+def test_what_is_refused_takes_nothing_from_requests_on_the_same_weights(place: Place) -> None:
+    async def ask() -> None:
+        place.server.admit = place.server.residents.try_out
+        served = await place.server.running("a")
+        objects = place.store.root / "objects"
+        before = set(objects.iterdir())
+        folder = place.third.with_name("alpha-2")
+        (folder / "chat_template.jinja").write_text("{{ another }}")
+        answer = await place.server.upload(folder, "b")
+        assert answer.status_code == 422
+        assert "a chat template of its own" in answer.json()["error"]["message"]
+        assert set(objects.iterdir()) == before
+        assert place.server.engine.held == {served.lora_int_id: served.resolved}
 
     run(ask())
 
