@@ -9,6 +9,9 @@ RoraError
 ├── AdapterNameError (ValueError)          a name that breaks the grammar or is reserved
 ├── AdapterNotFoundError (LookupError)     a name, alias or digest that the store does not hold
 ├── StoreError (OSError)                   the store's own files
+│   ├── StoreConflictError                 a change that an alias, a version or a lease forbids
+│   └── StoreFullError                     no room for what is to be written
+├── ResidencyError (RuntimeError)          memory for adapters: what requests or pins still need
 ├── TrainingError (RuntimeError)           a run that can not go on, or whose result can not be used
 ├── AuthenticationError (ValueError)       a request whose key can not be told
 ├── LimitExceededError (RuntimeError)      a request above its tenant's limits
@@ -67,6 +70,18 @@ class AdapterNotFoundError(RoraError, LookupError):
 
 class StoreError(RoraError, OSError):
     """The store's own files are missing, broken or can not be written."""
+
+
+class StoreConflictError(StoreError):
+    """A change of the store is not made while something in it stands against it."""
+
+
+class StoreFullError(StoreError):
+    """There is no room for what is to be written."""
+
+
+class ResidencyError(RoraError, RuntimeError):
+    """An adapter can not leave or stay in memory now: requests or pins stand against it."""
 
 
 class TrainingError(RoraError, RuntimeError):

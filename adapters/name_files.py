@@ -64,6 +64,10 @@ class NameFiles:
         """Tell whether there is a folder of names."""
         return self._names.is_dir()
 
+    def make_folder(self) -> None:
+        """Make the folder of names, if need be; the caller holds the store's lock."""
+        make_folder(self._names)
+
     def names(self) -> list[str]:
         """Return every name that has a file."""
         return list(self._scan())

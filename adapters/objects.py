@@ -10,8 +10,8 @@ A lock that its process does not hold any more is one that a killed process left
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,6 +37,11 @@ class Lease:
         self._lock = FileLock(path, thread_local=False)
         self._lock.acquire(timeout=0)
 
+    @property
+    def path(self) -> Path:
+        """The file that is locked."""
+        return self._path
+
     def release(self) -> None:
         """Let go; a second time does nothing."""
         if self._lock.is_locked:
@@ -48,6 +53,47 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+class Incoming:
+    """A folder of the store's own for an adapter on its way in; what was not placed goes with it.
+
+    Args:
+        folder: empty; whoever has it may write what it likes there.
+        lock: held as long as the folder is somebody's.
+    """
+
+    def __init__(self, folder: Path, lock: FileLock) -> None:
+        self.folder = folder
+        self._lock = lock
+
+    def copy(self, source: Path) -> None:
+        """Copy an adapter's files into the folder.
+
+        Raises: ArtifactError: a file that is a link, no file, too large, or can not be read; or
+            that changed meanwhile.
+        """
+        before = _state(source)
+        for name, max_bytes in MAX_FILE_BYTES.items():
+            _copy(source / name, self.folder / name, max_bytes)
+        if _state(source) != before:
+            message = "were changed while they were copied; add the adapter again"
+            problem = Problem(Code.FILE_CHANGED, "files", message)
+            raise refusal(ArtifactError, source, [problem])
+        sync_folder(self.folder)
+
+    def close(self) -> None:
+        """Delete what is still there; a second time does nothing."""
+        if self._lock.is_locked:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            _claim_of(self.folder).unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> "Incoming":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Objects:
@@ -70,40 +116,27 @@ class Objects:
         """Return where a version lies."""
         return self._objects / digest
 
+    def exists(self, digest: str) -> bool:
+        """Tell whether a version lies here, whole or not."""
+        return self.folder(digest).exists()
+
     def digests(self) -> list[str]:
         """Return the digests of all versions that lie here, sorted."""
         return [path.name for path in _listed(self._objects) if is_digest(path.name)]
 
-    @contextmanager
-    def incoming(self, source: Path) -> Iterator[Path]:
-        """Yield a copy of an adapter's files, which is gone afterwards unless it was placed.
-
-        Raises: ArtifactError: a file that is a link, no file, too large, or can not be read.
-        """
-        incoming = self._incoming / secrets.token_hex(6)
-        claim = _claim_of(incoming)
-        lock = FileLock(claim)
+    def incoming(self) -> Incoming:
+        """Return a new folder for an adapter on its way in."""
+        folder = self._incoming / secrets.token_hex(6)
+        # Whoever closes it may run in another thread than whoever opened it.
+        lock = FileLock(_claim_of(folder), thread_local=False)
         with self._locked():
             make_folder(self._objects)
             make_folder(self._incoming)
             left_behind = self.left_behind()
             lock.acquire()
-            incoming.mkdir()
+            folder.mkdir()
         delete(left_behind)
-        try:
-            before = _state(source)
-            for name, max_bytes in MAX_FILE_BYTES.items():
-                _copy(source / name, incoming / name, max_bytes)
-            if _state(source) != before:
-                message = "were changed while they were copied; add the adapter again"
-                problem = Problem(Code.FILE_CHANGED, "files", message)
-                raise refusal(ArtifactError, source, [problem])
-            sync_folder(incoming)
-            yield incoming
-        finally:
-            shutil.rmtree(incoming, ignore_errors=True)
-            claim.unlink(missing_ok=True)
-            lock.release()
+        return Incoming(folder, lock)
 
     def is_whole(self, digest: str) -> bool:
         """Tell whether a version is there and still holds what its name promises.
@@ -147,15 +180,17 @@ class Objects:
         make_folder(self._leases)
         return Lease(self._leases / f"{digest}.{secrets.token_hex(6)}")
 
-    def leased(self) -> set[str]:
+    def leased(self, *, besides: Collection[Lease] = ()) -> set[str]:
         """Return the digests that somebody leases. Under the lock.
 
         Leases that killed processes left are deleted.
+        Args: besides: leases that do not count.
         """
+        passed_over = {lease.path for lease in besides}
         leased = set()
         for path in _listed(self._leases):
-            if path.is_dir():
-                continue  # nobody's lease
+            if path in passed_over or path.is_dir():  # a folder is nobody's lease
+                continue
             if _is_claimed(path):
                 leased.add(path.name.partition(".")[0])
             else:

@@ -41,12 +41,14 @@ class BaseShapes:
         linear: (out_features, in_features) of every linear layer, by module path; None if it is
             quantised, so that its file does not say.
         embeddings: (vocabulary, hidden) of every embedding, by module path.
+        other_names: what it is called too.
     """
 
     name: str
     fingerprint: str
     linear: Mapping[str, tuple[int, int] | None]
     embeddings: Mapping[str, tuple[int, int]]
+    other_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,9 @@ def receipt(artifact: AdapterArtifact, base: BaseShapes) -> Receipt:
                 module.name, module.rank, module.scaling, norm, module.num_bytes
             )
     claim = base_claim(artifact.folder)
+    names = (base.name, *base.other_names)
     is_trained_on_it = None if claim is None else claim.fingerprint == base.fingerprint
-    if claim is not None and claim.is_of_another(base.fingerprint, [base.name]):
+    if claim is not None and claim.is_of_another(base.fingerprint, names):
         message = (
             f"was trained on {shown(claim.name)} with fingerprint {shown(claim.fingerprint)[:12]}, "
             f"this one has {base.fingerprint[:12]}"

@@ -18,7 +18,7 @@ from gzip import GzipFile
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from adapters.errors import ArtifactError, RoraError, StoreError
+from adapters.errors import ArtifactError, RoraError
 from adapters.folder import CONFIG_FILE, MAX_FILE_BYTES, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE
 from adapters.limits import (
     ARCHIVE_RATIO_FROM_BYTES,
@@ -29,6 +29,7 @@ from adapters.limits import (
 )
 from adapters.problems import Code, Problem, refusal, shown
 from adapters.reading import open_regular
+from adapters.writer import write_error
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
 _CHUNK_BYTES = 64 * 1024
@@ -62,7 +63,7 @@ def open_source(source: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="rora-adapter-") as temporary:
         if os.path.exists(source):  # noqa: PTH110
             with _named(source, temporary):
-                folder = _unpack(Path(source).resolve(), Path(temporary))
+                folder = unpack(Path(source).resolve(), Path(temporary))
         elif _HUB_NAME.fullmatch(source) and not source.startswith((".", "-")):
             folder = _download(source, Path(temporary))
         else:
@@ -103,8 +104,13 @@ def _download(source: str, target: Path) -> Path:
     return target
 
 
-def _unpack(path: Path, target: Path) -> Path:
-    """Take the adapter out of an archive; return its folder."""
+def unpack(path: Path, target: Path) -> Path:
+    """Take the adapter out of a .tar, .tar.gz or .zip; return its folder, below `target`.
+
+    Args: target: an empty folder.
+    Raises: ArtifactError: the archive breaks a rule.
+    Cost: reads the archive once and writes the adapter.
+    """
     with open_regular(path, max_bytes=2 * MAX_ADAPTER_BYTES) as file:
         try:
             _unpack_into(file, path, target)
@@ -239,10 +245,8 @@ class _Members:
                 try:
                     file.write(chunk)
                 except OSError as error:  # ours, not the archive's
-                    raise StoreError(
-                        f"{target}: can not be written ({error.strerror}); set TMPDIR to a folder "
-                        "with room"
-                    ) from error
+                    advice = "set TMPDIR to a folder with room"
+                    raise write_error(target, error, advice=advice) from error
 
     def _folder(self, parent: PurePosixPath) -> Path:
         if parent not in self._folders:

@@ -10,16 +10,17 @@ one at a time under a file lock, readers need none.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from adapters.artifact import AdapterArtifact, read_folder
-from adapters.digest import CHANGED, version_digest, weights_digest
+from adapters.artifact import read_folder
+from adapters.digest import CHANGED
 from adapters.errors import AdapterNotFoundError, ArtifactError, RoraError, StoreError
+from adapters.examination import Examined, version_of
 from adapters.name_files import NameFiles
 from adapters.names import (
     LATEST,
@@ -32,10 +33,11 @@ from adapters.names import (
     check_name,
     is_name,
 )
-from adapters.objects import Lease, Objects, delete, digests_of
+from adapters.objects import Incoming, Lease, Objects, delete, digests_of
 from adapters.problems import refusal, shown
+from adapters.removal import check_name_may_go, kept_versions, without_alias, without_version
 from adapters.validation import validate
-from adapters.writer import make_folder
+from adapters.writer import make_folder, write_error
 
 _LOCK_SECONDS = 60  # changes under the lock take milliseconds
 
@@ -100,6 +102,10 @@ class AdapterStore:
         name, at, wanted = reference.partition("@")
         record = self._existing(name).record
         version = record.latest if not at else record.find(wanted)
+        return self.resolved(name, version)
+
+    def resolved(self, name: str, version: Version) -> ResolvedVersion:
+        """Return a version that `name` holds with the folder that holds it."""
         return ResolvedVersion(name, version, self._objects.folder(version.digest))
 
     def record(self, name: str) -> NameRecord:
@@ -151,27 +157,75 @@ class AdapterStore:
         # What is wrong with it is said before anything is copied.
         if read_folder(folder)[1]:
             raise refusal(ArtifactError, folder, validate(folder).problems)
-        with self._writing(), self._objects.incoming(folder) as incoming:
+        with self._writing(), self.incoming() as incoming:
+            incoming.copy(folder)
             # All is said of the copy: the source may change under us.
-            artifact = _checked(incoming, folder)
-            weights = weights_digest(artifact)
-            digest = version_digest(weights, incoming)
-            ranks = [module.rank for module in artifact.modules.values()]
-            version = Version(
-                digest=digest,
-                weights_digest=weights,
-                num_bytes=artifact.num_bytes,
-                min_rank=min(ranks),
-                max_rank=max(ranks),
-                added=_now(),
-            )
-            is_whole = self._objects.is_whole(digest)
+            examined = self.examine(incoming.folder, given=folder)
             with self._locked():
-                self._objects.place(
-                    incoming, digest, is_whole=is_whole, is_needed=lambda: self._is_needed(digest)
-                )
-                self._add_version(name, version, alias)
-        return ResolvedVersion(name, version, self._objects.folder(digest))
+                self._place(examined)
+                return self._name(examined.version, name, alias)
+
+    # The steps of adding, for whoever has more to ask of an adapter before it has a name.
+
+    def incoming(self) -> Incoming:
+        """Return a new folder of the store's own, to be filled with an adapter, and to be closed.
+
+        Raises: StoreError: the store can not be written.
+        """
+        with self._writing():
+            return self._objects.incoming()
+
+    def examine(self, folder: Path, *, given: Path | str) -> Examined:
+        """See that an adapter keeps every rule, and which version it is.
+
+        Args:
+            folder: of the adapter, in an `incoming`.
+            given: what its errors call it.
+        Raises: ArtifactError: every rule that it breaks.
+        Cost: reads the adapter twice, and the same version that is stored once.
+        """
+        version = version_of(folder, given=given, added=_now())
+        return Examined(folder, version, is_stored=self._objects.is_whole(version.digest))
+
+    def stage(self, examined: Examined, name: str) -> tuple[ResolvedVersion, Lease]:
+        """Store a version that no name holds yet; return it as `name` would, and a lease on it.
+
+        Once the lease ends, the version stays only if it was named, see `discard`.
+
+        Raises:
+            ArtifactError: it is stored already and names another base model.
+            StoreError: the store can not be written.
+        """
+        with self._locked():
+            if not self._objects.digests():
+                self._names.make_folder()  # without it garbage could not be told from the rest
+            self._place(examined)
+            lease = self._objects.lease(examined.version.digest)
+        return self.resolved(name, examined.version), lease
+
+    def publish(self, staged: ResolvedVersion, alias: str) -> ResolvedVersion:
+        """Let the name of a staged version, and `alias` of it, mean it; the rest as in `add`.
+
+        Raises: AdapterNameError, StoreError: as in `add`.
+        """
+        check_name(staged.name)
+        check_alias(alias)
+        with self._locked():
+            return self._name(staged.version, staged.name, alias)
+
+    def discard(self, digest: str) -> None:
+        """Delete a version unless a name holds it, or might, or somebody leases it.
+
+        Cost: as `names`.
+        """
+        with self._locked():
+            # A name's file that is broken may hold any version.
+            if len(self._names.records()) < len(self._names.names()) or self._is_needed(digest):
+                return
+            trash = [self._objects.to_trash(digest)] if self._objects.exists(digest) else []
+        delete(trash)
+
+    # Names and aliases.
 
     def set_alias(self, reference: str, alias: str) -> ResolvedVersion:
         """Let `alias` of a name mean the version that `reference` means.
@@ -187,7 +241,7 @@ class AdapterStore:
             history = self._existing(name)
             version = history.record.latest if not at else history.record.find(wanted)
             self._names.write(history.moved(alias, version.digest, action="alias", at=_now()))
-        return ResolvedVersion(name, version, self._objects.folder(version.digest))
+        return self.resolved(name, version)
 
     def rollback(self, name: str, alias: str = LATEST) -> ResolvedVersion:
         """Let `alias` mean what it meant before; a second rollback goes one step further back.
@@ -205,35 +259,37 @@ class AdapterStore:
                 )
             version = history.record.version(previous)
             self._names.write(history.moved(alias, previous, action="rollback", at=_now()))
-        return ResolvedVersion(name, version, self._objects.folder(previous))
+        return self.resolved(name, version)
 
-    def remove(self, reference: str, *, force: bool = False) -> None:
+    def remove(
+        self, reference: str, *, force: bool = False, besides: Collection[Lease] = ()
+    ) -> None:
         """Remove a name, one version of it (`name@sha256:…`) or an alias (`name@alias`).
 
         Files stay until `collect_garbage`. An alias other than `latest` goes without force.
 
+        Args: besides: leases that stand against nothing.
+
         Raises:
             AdapterNotFoundError: no such name, version or alias.
-            StoreError: without force: an alias means the version, the name has aliases besides
-                `latest`, or somebody holds a lease on one of its versions; with force: the last
-                version of a name, or its alias `latest`.
+            StoreConflictError: without force: an alias means the version, the name has aliases
+                besides `latest`, or somebody holds a lease on one of its versions; with force: the
+                last version of a name, or its alias `latest`.
         """
         name, at, wanted = reference.partition("@")
         self._existing(name)
         with self._locked():
             history = self._existing(name)
+            leased = set() if force else self._objects.leased(besides=besides)
             if not at:
-                self._remove_name(history.record, force=force)
+                check_name_may_go(history.record, leased, force=force)
+                self._names.delete(name)
             elif ":" in wanted:
-                self._remove_version(history, history.record.find(wanted), force=force)
+                version = history.record.find(wanted)
+                left = without_version(history, version, leased, force=force, at=_now())
+                self._names.write(left)
             else:
-                history.record.find(wanted)
-                if wanted == LATEST:
-                    raise StoreError(
-                        f"adapter {name!r}: alias 'latest' is what the bare name means; remove "
-                        "the name or move the alias"
-                    )
-                self._names.write(history.without_alias(wanted, at=_now()))
+                self._names.write(without_alias(history, wanted, at=_now()))
 
     def collect_garbage(
         self, *, keep_versions: int | None = None, dry_run: bool = False
@@ -260,7 +316,7 @@ class AdapterStore:
                 history = self._names.read(name)
                 if history is None:
                     continue
-                kept = _kept(history.record, keep_versions, leased)
+                kept = kept_versions(history.record, keep_versions, leased)
                 if not dry_run and len(kept) < len(history.record.versions):
                     self._names.write(history.with_versions(kept))
                 held |= {version.digest for version in kept}
@@ -276,6 +332,15 @@ class AdapterStore:
 
     # Parts of a change; the caller holds the lock.
 
+    def _place(self, examined: Examined) -> None:
+        digest = examined.version.digest
+        self._objects.place(
+            examined.folder,
+            digest,
+            is_whole=examined.is_stored,
+            is_needed=lambda: self._is_needed(digest),
+        )
+
     def _is_needed(self, digest: str) -> bool:
         """Tell whether a name holds a version or somebody leases it."""
         if digest in self._objects.leased():
@@ -283,7 +348,7 @@ class AdapterStore:
         records = self._names.records()
         return any(version.digest == digest for r in records for version in r.versions)
 
-    def _add_version(self, name: str, version: Version, alias: str) -> None:
+    def _name(self, version: Version, name: str, alias: str) -> ResolvedVersion:
         history = self._names.read(name) or NameHistory(NameRecord(name, (), {}))
         known = history.record.versions
         if all(old.digest != version.digest for old in known):
@@ -292,49 +357,7 @@ class AdapterStore:
         for moved in aliases:
             history = history.moved(moved, version.digest, action="add", at=_now())
         self._names.write(history)
-
-    def _remove_name(self, record: NameRecord, *, force: bool) -> None:
-        others = sorted(set(record.aliases) - {LATEST})
-        if others and not force:
-            raise StoreError(
-                f"adapter {record.name!r}: has the aliases {', '.join(others)}; remove them first, "
-                "or force it"
-            )
-        self._check_not_leased(record.name, record.versions, force=force)
-        self._names.delete(record.name)
-
-    def _remove_version(self, history: NameHistory, version: Version, *, force: bool) -> None:
-        record = history.record
-        meaning = sorted(
-            alias for alias, means in record.aliases.items() if means == version.digest
-        )
-        if meaning and not force:
-            raise StoreError(
-                f"adapter {record.name!r}: sha256:{version.digest[:MIN_DIGEST_PREFIX]} is what "
-                f"{', '.join(meaning)} means; move the alias first, or force it"
-            )
-        self._check_not_leased(record.name, (version,), force=force)
-        left = tuple(other for other in record.versions if other.digest != version.digest)
-        if not left:
-            raise StoreError(
-                f"adapter {record.name!r}: sha256:{version.digest[:MIN_DIGEST_PREFIX]} is its last "
-                "version; remove the name"
-            )
-        for alias in meaning:
-            if alias == LATEST:
-                previous = history.with_versions(left).previous(LATEST) or left[-1].digest
-                history = history.moved(LATEST, previous, action="remove", at=_now())
-            else:
-                history = history.without_alias(alias, at=_now())
-        self._names.write(history.with_versions(left))
-
-    def _check_not_leased(self, name: str, versions: tuple[Version, ...], *, force: bool) -> None:
-        leased = self._objects.leased() & {version.digest for version in versions}
-        if leased and not force:
-            raise StoreError(
-                f"adapter {name!r}: sha256:{min(leased)[:MIN_DIGEST_PREFIX]} is in use by a "
-                "running server; stop it or unload the adapter first, or force it"
-            )
+        return self.resolved(name, version)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -356,9 +379,8 @@ class AdapterStore:
         except RoraError:
             raise
         except OSError as error:
-            raise StoreError(
-                f"{self.root}: can not be written ({error.strerror}); name a folder that is yours"
-            ) from error
+            advice = "name a folder that is yours"
+            raise write_error(self.root, error, advice=advice) from error
 
     def _existing(self, name: str) -> NameHistory:
         history = self._names.read(name) if is_name(name) else None
@@ -375,22 +397,6 @@ def verify(resolved: ResolvedVersion) -> None:
     """
     if digests_of(resolved.folder) != (resolved.version.weights_digest, resolved.version.digest):
         raise ArtifactError(f"{resolved.folder}: {CHANGED}")
-
-
-def _checked(incoming: Path, given: Path) -> AdapterArtifact:
-    """Return the adapter in `incoming`, a copy of the folder that the user gave."""
-    validation = validate(incoming)
-    if validation.problems or validation.artifact is None:
-        raise refusal(ArtifactError, given, validation.problems)
-    return validation.artifact
-
-
-def _kept(record: NameRecord, keep: int | None, leased: set[str]) -> tuple[Version, ...]:
-    if keep is None:
-        return record.versions
-    newest = {version.digest for version in record.versions[max(len(record.versions) - keep, 0) :]}
-    needed = newest | set(record.aliases.values()) | leased
-    return tuple(version for version in record.versions if version.digest in needed)
 
 
 def _now() -> int:

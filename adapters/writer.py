@@ -4,6 +4,7 @@ Owns the order temporary folder, sync, rename, for adapters and for single files
 too.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -19,11 +20,12 @@ from safetensors.numpy import save
 
 from adapters.artifact import PEFT_PREFIX, read_folder
 from adapters.config import AdapterConfig
-from adapters.errors import ArtifactError
+from adapters.errors import ArtifactError, StoreError, StoreFullError
 from adapters.folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from adapters.problems import refusal
 from adapters.tensors import NUMPY_DTYPES
 
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 FactorPair = tuple[NDArray[Any], NDArray[Any]]
 
 
@@ -162,6 +164,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_files(folder: Path) -> None:
+    """Wait until the disk has the files of a folder, and their names."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def write_error(place: Path, error: OSError, *, advice: str) -> StoreError:
+    """Return the error of a store in which `place` could not be written."""
+    kind = StoreFullError if error.errno in _NO_ROOM else StoreError
+    return kind(f"{place}: can not be written ({error.strerror}); {advice}")
 
 
 def _temporary_name(path: Path) -> Path:

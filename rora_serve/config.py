@@ -24,6 +24,10 @@ class ServeConfig(BaseModel):
     adapter_memory_bytes: int | None = Field(
         None, ge=1, description="memory for adapters; none: a quarter of what is free at the start"
     )
+    max_upload_bytes: int = Field(4 * 1024**3, ge=1, description="of one adapter that is uploaded")
+    import_from: tuple[Path, ...] = Field(
+        (), description="folder below which adapters may be imported by path; may be repeated"
+    )
     compile: CliImplicitFlag[bool] = Field(
         default=False,
         description="compile the model on CPUs: faster steps, minutes at the first start",

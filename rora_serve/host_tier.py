@@ -4,8 +4,12 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
-from adapters.errors import AdapterMismatchError
+from adapters.errors import AdapterMismatchError, ResidencyError
+
+# Where an adapter is: in the engine and needed there; in the engine and free to go; on disk.
+Tier = Literal["slot", "host", "store"]
 
 # Pinned adapters leave at least this share of the memory to those that come and go.
 MAX_PINNED_SHARE = 0.5
@@ -17,13 +21,20 @@ class _Resident:
 
     num_bytes: int
     leases: int = 0
-    is_pinned: bool = False
+    pins: int = 0
     arrival: "asyncio.Task[None] | None" = field(default=None, repr=False)
 
     @property
+    def is_needed(self) -> bool:
+        return self.leases > 0 or self.pins > 0
+
+    @property
+    def has_arrived(self) -> bool:
+        return self.arrival is not None and self.arrival.done()
+
+    @property
     def may_go(self) -> bool:
-        has_arrived = self.arrival is not None and self.arrival.done()
-        return has_arrived and self.leases == 0 and not self.is_pinned
+        return self.has_arrived and not self.is_needed
 
 
 class HostTier:
@@ -41,6 +52,8 @@ class HostTier:
         self.capacity = capacity
         self._drop = drop
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+        # What is being taken out: it is loaded again only after that.
+        self._leaving: dict[str, asyncio.Task[None]] = {}
         self._used = 0
         self._making_room = asyncio.Lock()
         self._released = asyncio.Event()
@@ -53,6 +66,18 @@ class HostTier:
     def holds(self, key: str) -> bool:
         """Tell whether an adapter is in the engine or on its way."""
         return key in self._residents
+
+    def is_needed(self, key: str) -> bool:
+        """Tell whether somebody leases or pins an adapter."""
+        resident = self._residents.get(key)
+        return resident is not None and resident.is_needed
+
+    def tier_of(self, key: str) -> Tier:
+        """Return where an adapter is; one that is on its way is still in the store."""
+        resident = self._residents.get(key)
+        if resident is None or not resident.has_arrived:
+            return "store"
+        return "slot" if resident.is_needed else "host"
 
     async def lease(self, key: str, num_bytes: int, load: Callable[[], Awaitable[int]]) -> None:
         """Have an adapter in the engine until `release`; whoever comes while it loads waits too.
@@ -75,6 +100,8 @@ class HostTier:
             resident = _Resident(num_bytes)
             self._residents[key] = resident
             resident.arrival = asyncio.create_task(self._bring_in(key, resident, load))
+            # Those who wait for it may be gone by then.
+            resident.arrival.add_done_callback(lambda _: self._released.set())
         resident.leases += 1
         assert resident.arrival is not None
         try:
@@ -91,29 +118,54 @@ class HostTier:
         self._let_go(self._residents[key])
 
     def pin(self, key: str) -> None:
-        """Keep an adapter that is leased now, whatever else comes.
+        """Keep an adapter that is leased now, whatever else comes, until as many `unpin`.
 
-        Raises: AdapterMismatchError: pinned adapters would take more than half of the memory.
+        Raises: ResidencyError: pinned adapters would take more than half of the memory.
         """
         resident = self._residents[key]
         pinned = self._pinned_bytes + resident.num_bytes
-        if not resident.is_pinned and pinned > MAX_PINNED_SHARE * self.capacity:
-            raise AdapterMismatchError(
+        if not resident.pins and pinned > MAX_PINNED_SHARE * self.capacity:
+            raise ResidencyError(
                 f"pinned adapters would take {pinned} of {self.capacity} bytes, at most "
                 f"{MAX_PINNED_SHARE:.0%} may be pinned; unpin another one"
             )
-        resident.is_pinned = True
+        resident.pins += 1
 
     def unpin(self, key: str) -> None:
-        """Let a pinned adapter go like others; one that is not pinned stays as it is."""
+        """Take one pin off an adapter; without any it goes like others."""
+        resident = self._residents[key]
+        resident.pins -= 1
+        assert resident.pins >= 0
+        self._released.set()
+
+    async def unload(self, key: str, *, within: float | None = None) -> bool:
+        """Take an adapter out of the engine once nobody leases it; one that is pinned stays.
+
+        Args: within: seconds to wait for leases; None waits for ever.
+        Returns: whether nobody leased it any more.
+        """
+        try:
+            async with asyncio.timeout(within):
+                while self._is_busy(key):
+                    self._released.clear()
+                    await self._released.wait()
+        except TimeoutError:
+            return False
         resident = self._residents.get(key)
-        if resident is not None:
-            resident.is_pinned = False
-            self._released.set()
+        if resident is not None and resident.may_go:
+            self._take_out([key])
+        leaving = self._leaving.get(key)
+        if leaving is not None:
+            await asyncio.shield(leaving)
+        return True
+
+    def _is_busy(self, key: str) -> bool:
+        resident = self._residents.get(key)
+        return resident is not None and (resident.leases > 0 or not resident.has_arrived)
 
     @property
     def _pinned_bytes(self) -> int:
-        return sum(r.num_bytes for r in self._residents.values() if r.is_pinned)
+        return sum(r.num_bytes for r in self._residents.values() if r.pins)
 
     def _let_go(self, resident: _Resident) -> None:
         resident.leases -= 1
@@ -125,8 +177,10 @@ class HostTier:
     ) -> None:
         reserved = 0
         try:
-            # In the order in which they came: a large one is not overtaken for ever. What goes is
-            # gone before this returns, so that a load never meets the drop of its own adapter.
+            leaving = self._leaving.get(key)
+            if leaving is not None:
+                await leaving
+            # In the order in which they came: a large one is not overtaken for ever.
             async with self._making_room:
                 await self._make_room(resident.num_bytes)
                 reserved = resident.num_bytes
@@ -153,6 +207,20 @@ class HostTier:
                 self._released.clear()
                 await self._released.wait()
                 continue
-            gone = [self._residents.pop(key).num_bytes for key in leaving]
-            await self._drop(leaving)
-            self._used -= sum(gone)
+            await self._take_out(leaving)
+
+    def _take_out(self, keys: list[str]) -> "asyncio.Task[None]":
+        """Begin to take adapters out of the engine that may go."""
+        num_bytes = sum(self._residents.pop(key).num_bytes for key in keys)
+        task = asyncio.create_task(self._leave(keys, num_bytes))
+        self._leaving |= dict.fromkeys(keys, task)
+        return task
+
+    async def _leave(self, keys: list[str], num_bytes: int) -> None:
+        try:
+            await self._drop(keys)
+            self._used -= num_bytes
+        finally:
+            for key in keys:
+                del self._leaving[key]
+            self._released.set()

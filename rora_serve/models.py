@@ -6,12 +6,13 @@ requests. Knows neither HTTP nor vLLM's classes, so that all of it can be tested
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from adapters import AdapterStore, ResolvedVersion
+from adapters import AdapterStore, ResolvedVersion, Version
 from adapters.digest import CHANGED, base_claim, read_chat_template, version_digest
 from adapters.errors import AdapterMismatchError, AdapterNameError, ArtifactError, StoreError
 from adapters.objects import Lease
@@ -111,6 +112,8 @@ class ModelDirectory:
         store: where adapters lie.
         engine: which loads them.
         capacity: bytes that adapters may take in the engine.
+
+    tier: what the engine holds.
     """
 
     def __init__(
@@ -120,11 +123,13 @@ class ModelDirectory:
         self.store = store
         self._base = base
         self._engine = engine
-        self._tier = HostTier(capacity, self._drop)
+        self.tier = HostTier(capacity, self._drop)
         self._ids: dict[str, int] = {}
         # Versions that were checked, by digest, each with its lease; it is None where the store can
         # not be written. They go with their weights.
         self._admitted: dict[str, tuple[ResolvedVersion, Lease | None]] = {}
+        # By name and version digest: two names may hold the same version.
+        self._running: Counter[tuple[str, str]] = Counter()
 
     async def open(self, model: str) -> ServedAdapter | None:
         """Return the adapter that `model` means, in the engine until `close`; None is the base.
@@ -139,16 +144,25 @@ class ModelDirectory:
             return None
         # Reading a name is one small file; it may still wait for a slow disk.
         resolved = await asyncio.to_thread(self.store.resolve, model)
+        return await self.open_version(model, resolved)
+
+    async def open_version(self, model: str, resolved: ResolvedVersion) -> ServedAdapter:
+        """Return a version as `open` does, whatever its name means now or if it has none yet.
+
+        Args: model: what responses call it.
+        """
         weights = resolved.version.weights_digest
         served = ServedAdapter(model, resolved, self._ids.setdefault(weights, len(self._ids) + 1))
+        self._running[resolved.name, resolved.version.digest] += 1
         try:
             await self._admit(resolved)
-            await self._tier.lease(
+            await self.tier.lease(
                 weights,
                 resolved.version.num_bytes,
                 lambda: self._engine.load(served.lora_int_id, resolved),
             )
         except BaseException as error:
+            self._end_running(resolved)
             await self._dismiss_unused(weights)
             if isinstance(error, ArtifactError):
                 reason = _without_place(str(error), resolved.folder)
@@ -162,11 +176,28 @@ class ModelDirectory:
         Args: was_answered: whether the request came to its end. vLLM gives up one that did not in
             its own time, and may put it into another step before it does.
         """
-        weights = served.resolved.version.weights_digest
         if was_answered:
-            self._tier.release(weights)
+            self._end(served)
         else:
-            asyncio.get_running_loop().call_later(_ABORT_SECONDS, self._tier.release, weights)
+            asyncio.get_running_loop().call_later(_ABORT_SECONDS, self._end, served)
+
+    def _end(self, served: ServedAdapter) -> None:
+        self.tier.release(served.resolved.version.weights_digest)
+        self._end_running(served.resolved)
+
+    def _end_running(self, resolved: ResolvedVersion) -> None:
+        held = (resolved.name, resolved.version.digest)
+        self._running[held] -= 1
+        if not self._running[held]:
+            del self._running[held]
+
+    def num_running(self, name: str, versions: Sequence[Version]) -> int:
+        """Return how many requests use these versions under this name, or wait for them."""
+        return sum(self._running[name, version.digest] for version in versions)
+
+    def leases(self) -> list[Lease]:
+        """Return the leases on versions whose weights are in memory, under whatever name."""
+        return [lease for _, lease in self._admitted.values() if lease is not None]
 
     async def _admit(self, resolved: ResolvedVersion) -> None:
         """Check a version once, and keep it from garbage collection while its weights are here.
@@ -219,7 +250,7 @@ class ModelDirectory:
 
     async def _dismiss_unused(self, weights: str) -> None:
         """Let go of the versions of weights that the engine does not hold."""
-        if self._tier.holds(weights):
+        if self.tier.holds(weights):
             return
         # All of them before anything else can run: new requests admit them anew.
         versions = [

@@ -1,6 +1,9 @@
 """Fixtures that several packages' tests share."""
 
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,14 @@ def adapter(tmp_path: Path, tiny_model: Path) -> Path:
         modules=LINEAR,
         seed=1,
     )
+
+
+@contextmanager
+def file_limit(num_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow above some bytes, which a full disk is like."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -6,9 +6,10 @@ keeps the outcome in a context variable, which vLLM's handlers see through `rora
 
 import json
 import logging
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 from adapters.errors import RoraError
 from rora_serve.api.errors import (
@@ -29,6 +30,42 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # The adapter of the request that this task serves; None is the base model.
 current_adapter: ContextVar[ServedAdapter | None] = ContextVar("current_adapter", default=None)
 
+
+class Tenant(Protocol):
+    """What a caller may do with adapters, by their names; no right includes another."""
+
+    @property
+    def may_use_base(self) -> bool:
+        """Whether requests may go to the base model."""
+        ...
+
+    def may_use(self, name: str) -> bool:
+        """Tell whether requests may go to an adapter."""
+        ...
+
+    def may_upload(self, name: str) -> bool:
+        """Tell whether versions may be added."""
+        ...
+
+    def may_manage(self, name: str) -> bool:
+        """Tell whether aliases may be moved, versions imported, loaded, pinned and removed."""
+        ...
+
+
+class _Everybody:
+    """Who asks a server without tenants."""
+
+    may_use_base = True
+
+    def may_use(self, _: str) -> bool:
+        return True
+
+    may_upload = may_manage = may_use
+
+
+# Who sent the request that this task serves.
+current_tenant: ContextVar[Tenant] = ContextVar("current_tenant", default=_Everybody())  # noqa: B039
+
 # Routes that name a model in a JSON body.
 MODEL_ROUTES = frozenset(
     {
@@ -39,8 +76,24 @@ MODEL_ROUTES = frozenset(
         "/detokenize",
     }
 )
-PLAIN_ROUTES = frozenset({"/health", "/metrics", "/ready", "/v1/models", "/version"})
+PLAIN_ROUTES = frozenset(
+    {"/health", "/metrics", "/openapi.json", "/ready", "/v1/models", "/version"}
+)
 MODEL_ROUTE_PREFIX = "/v1/models/"
+UPLOAD_ROUTE = "/v1/adapters"
+# Our own routes, which take the tenant's rights into account themselves. What stands for a name
+# here may be anything: the store knows the grammar, and looks at no file for a name against it.
+ADAPTER_ROUTES: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = tuple(
+    (re.compile(pattern), frozenset(methods.split()))
+    for pattern, methods in (
+        ("/v1/adapters", "GET POST"),
+        ("/v1/adapters/[^/]+", "GET DELETE"),
+        ("/v1/adapters/[^/]+/aliases/[^/]+", "PUT"),
+        ("/v1/adapters/[^/]+/(load|unload|rollback)", "POST"),
+        ("/v1/adapters/[^/]+/pin", "PUT DELETE"),
+        ("/v1/(un)?load_lora_adapter", "POST"),
+    )
+)
 MAX_BODY_BYTES = 32 * 1024 * 1024
 ADAPTER_HEADER = b"x-rora-adapter"
 DIRECTORY_STATE = "rora_directory"
@@ -71,14 +124,31 @@ class FrontDoor:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
-        if method == "POST" and path in MODEL_ROUTES:
+        if not path.isprintable():
+            # The patterns of routers pass over a line break at the end.
+            await _respond(send, route_not_found(method, path))
+        elif method == "POST" and path in MODEL_ROUTES:
             await self._serve_model(scope, receive, send)
         elif method in ("GET", "HEAD") and _is_plain(path):
             await self._app(scope, receive, send)
-        elif method == "OPTIONS" and (path in MODEL_ROUTES or _is_plain(path)):
+        elif method in _adapter_methods(path):
+            await self._serve_own(scope, receive, send)
+        elif method == "OPTIONS" and (
+            path in MODEL_ROUTES or _is_plain(path) or _adapter_methods(path)
+        ):
             await self._app(scope, receive, send)  # a browser's question; vLLM's CORS answers
         else:
             await _respond(send, route_not_found(method, path))
+
+    async def _serve_own(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # An upload is counted while it is written to disk; other bodies end up in memory.
+        if scope["method"] != "GET" and scope["path"] != UPLOAD_ROUTE:
+            body = await _read_body(receive)
+            if body is None:
+                await _respond(send, body_too_large(MAX_BODY_BYTES))
+                return
+            receive = _replay(body, receive)
+        await self._app(scope, receive, send)
 
     async def _serve_model(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read_body(receive)
@@ -115,6 +185,13 @@ class FrontDoor:
 
 def _is_plain(path: str) -> bool:
     return path in PLAIN_ROUTES or path.startswith(MODEL_ROUTE_PREFIX)
+
+
+def _adapter_methods(path: str) -> frozenset[str]:
+    for pattern, methods in ADAPTER_ROUTES:
+        if pattern.fullmatch(path):
+            return methods
+    return frozenset()
 
 
 async def _read_body(receive: Receive) -> bytes | None:

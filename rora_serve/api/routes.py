@@ -1,16 +1,53 @@
-"""Our own HTTP routes: the list of models, and readiness."""
+"""All of our own routes together; here are those for the list of models, and for readiness."""
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Response
+from starlette.routing import BaseRoute
 
 from adapters import NameRecord
-from adapters.errors import RoraError
-from rora_serve.api.errors import to_response
+from adapters.errors import AdapterNotFoundError
+from rora_serve.api.adapters import UNLOAD_SECONDS, make_adapter_router
+from rora_serve.api.errors import Refusal, model_not_found
+from rora_serve.api.front_door import current_tenant
+from rora_serve.api.lora_routes import make_lora_router
+from rora_serve.api.protocol import ModelCard, ModelList, RankRange
+from rora_serve.api.routing import OurRoute, answers, document_route
+from rora_serve.api.uploads import make_upload_router
+from rora_serve.api.views import Views
+from rora_serve.intake import Intake
 from rora_serve.models import ModelDirectory
+from rora_serve.residency import Residents
+
+
+def make_routes(
+    directory: ModelDirectory,
+    residents: Residents,
+    intake: Intake,
+    views: Views,
+    *,
+    started: int,
+    is_alive: Callable[[], bool],
+    max_upload_bytes: int,
+    unload_seconds: float = UNLOAD_SECONDS,
+) -> list[BaseRoute]:
+    """Return every route of ours, and the one of the document that describes them.
+
+    Args:
+        started: the server's start in seconds since the epoch.
+        is_alive: whether the engine still runs.
+        max_upload_bytes: of a body.
+        unload_seconds: that an unload waits for running requests.
+    """
+    routers = (
+        make_router(directory, started=started, is_alive=is_alive),
+        make_adapter_router(directory, residents, views, unload_seconds=unload_seconds),
+        make_upload_router(intake, views, max_upload_bytes=max_upload_bytes),
+        make_lora_router(directory, residents, intake, unload_seconds=unload_seconds),
+    )
+    routes = [route for router in routers for route in router.routes]
+    return [*routes, document_route(routes)]
 
 
 def make_router(
@@ -22,49 +59,64 @@ def make_router(
         started: the server's start in seconds since the epoch.
         is_alive: whether the engine still runs.
     """
-    router = APIRouter()
+    router = APIRouter(route_class=OurRoute)
 
-    @router.get("/ready")
+    @router.get("/ready", response_class=Response, responses={503: {"description": _DEAD}})
     async def ready() -> Response:
         """200 while the engine runs, with its adapter layers in place; 503 after it died."""
         return Response(status_code=200 if is_alive() else 503)
 
-    @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        """The base model and every adapter name of the store."""
-        records = await asyncio.to_thread(directory.store.names)
-        cards = [_base_card(name, started) for name in directory.base_names]
-        cards += [_adapter_card(record, directory.base_names[0]) for record in records]
-        return {"object": "list", "data": cards}
+    @router.get("/v1/models", response_model=ModelList, responses=answers())
+    async def list_models() -> Response:
+        """The base model and every adapter name of the store that the caller may use."""
+        tenant = current_tenant.get()
 
-    @router.get("/v1/models/{model:path}")
-    async def get_model(model: str) -> Response:
+        def write() -> str:
+            names = directory.base_names if tenant.may_use_base else ()
+            cards = [_base_card(name, started) for name in names]
+            cards += [
+                _adapter_card(record, directory.base_names[0])
+                for record in directory.store.names()
+                if tenant.may_use(record.name)
+            ]
+            return ModelList(data=cards).model_dump_json(exclude_none=True)
+
+        # Off the loop, since there may be thousands.
+        return Response(await asyncio.to_thread(write), media_type="application/json")
+
+    @router.get("/v1/models/{model:path}", response_model_exclude_none=True, responses=answers(404))
+    async def get_model(model: str) -> ModelCard:
         """One of them, by the name that requests use."""
-        if model in directory.base_names:
-            return JSONResponse(_base_card(model, started))
+        tenant = current_tenant.get()
+        is_base = model in directory.base_names
+        may_use = tenant.may_use_base if is_base else tenant.may_use(model.partition("@")[0])
+        if not may_use:
+            raise Refusal(model_not_found(model))
+        if is_base:
+            return _base_card(model, started)
         try:
             resolved = await asyncio.to_thread(directory.store.resolve, model)
-        except RoraError as error:
-            answer = to_response(error, model)
-            return Response(answer.body, answer.status, media_type="application/json")
+        except AdapterNotFoundError as error:
+            raise Refusal(model_not_found(model)) from error
         record = NameRecord(model, (resolved.version,), {"latest": resolved.version.digest})
-        return JSONResponse(_adapter_card(record, directory.base_names[0]))
+        return _adapter_card(record, directory.base_names[0])
 
     return router
 
 
-def _base_card(name: str, started: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": started, "owned_by": "rora-serve"}
+_DEAD = "The engine died."
 
 
-def _adapter_card(record: NameRecord, base_name: str) -> dict[str, Any]:
+def _base_card(name: str, started: int) -> ModelCard:
+    return ModelCard(id=name, created=started)
+
+
+def _adapter_card(record: NameRecord, base_name: str) -> ModelCard:
     latest = record.latest
-    return {
-        "id": record.name,
-        "object": "model",
-        "created": latest.added,
-        "owned_by": "rora-serve",
-        "parent": base_name,
-        "version": f"sha256:{latest.digest}",
-        "rank": {"min": latest.min_rank, "max": latest.max_rank},
-    }
+    return ModelCard(
+        id=record.name,
+        created=latest.added,
+        parent=base_name,
+        version=f"sha256:{latest.digest}",
+        rank=RankRange(min=latest.min_rank, max=latest.max_rank),
+    )

@@ -1,5 +1,6 @@
 """What an adapter matches in a base model, against the model itself."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -130,6 +131,15 @@ def test_a_model_whose_layers_are_transposed_and_whose_names_are_shorter(tmp_pat
         "mlp.c_fc",
         "mlp.c_proj",
     ]
+
+
+def test_a_base_has_other_names_too(adapter: Path, base: BaseShapes) -> None:
+    claim = {"name": "other", "fingerprint": "0" * 64}
+    (adapter / "rora.json").write_text(json.dumps({"base_model": claim}))
+    known = dataclasses.replace(base, other_names=("another", "other"))
+    assert [receipt(open_artifact(adapter), one).problems == () for one in (base, known)] == [
+        False, True,
+    ]  # fmt: skip
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, tiny_model: Path) -> None:

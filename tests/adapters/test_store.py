@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,26 @@ import pytest
 from filelock import FileLock
 
 import adapters.objects
-from adapters import AdapterConfig, AdapterStore, open_artifact, write_artifact
-from adapters.errors import AdapterNameError, AdapterNotFoundError, ArtifactError, StoreError
+from adapters import (
+    AdapterConfig,
+    AdapterStore,
+    ResolvedVersion,
+    open_artifact,
+    write_artifact,
+)
+from adapters.errors import (
+    AdapterNameError,
+    AdapterNotFoundError,
+    ArtifactError,
+    StoreConflictError,
+    StoreError,
+    StoreFullError,
+)
 from adapters.names import MAX_EVENTS
+from adapters.objects import Lease
+from adapters.sources import unpack
 from adapters.store import verify
+from tests.conftest import file_limit
 
 
 @pytest.fixture
@@ -127,7 +144,7 @@ adapters.store.AdapterStore(Path(sys.argv[3])).add(Path(sys.argv[4]), name="a")
         ("adapters.objects.write_chunks", 0),
         ("adapters.objects.write_chunks", 2),
         ("adapters.objects.sync_folder", 0),
-        ("adapters.store.version_digest", 0),
+        ("adapters.examination.version_digest", 0),
         ("adapters.objects.sync_folder", 1),
         ("adapters.name_files.replace_file", 0),
         ("os.fsync", 7),
@@ -665,3 +682,79 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(
         store.add(adapter, name="a")
     assert caught.value.codes == ("file-changed",)
     assert store.names() == []
+
+
+def staged(store: AdapterStore, folder: Path, name: str) -> tuple[ResolvedVersion, Lease]:
+    with store.incoming() as incoming:
+        incoming.copy(folder)
+        return store.stage(store.examine(incoming.folder, given="what came"), name)
+
+
+def test_a_staged_version_has_no_name_until_it_is_published(
+    store: AdapterStore, adapter: Path
+) -> None:
+    resolved, lease = staged(store, adapter, "a")
+    with lease:
+        verify(resolved)
+        with pytest.raises(AdapterNotFoundError):
+            store.resolve("a")
+        store.discard(resolved.version.digest)
+        assert store.collect_garbage().digests == ()
+        assert store.publish(resolved, "stable") == resolved
+    store.discard(resolved.version.digest)
+    assert store.resolve("a@stable") == store.resolve("a") == resolved
+    verify(resolved)
+    with pytest.raises(AdapterNameError, match="alias"):
+        store.publish(resolved, "../x")
+
+
+def test_a_staged_version_goes_when_it_is_discarded(store: AdapterStore, adapter: Path) -> None:
+    resolved, lease = staged(store, adapter, "a")
+    lease.release()
+    store.discard(resolved.version.digest)
+    assert objects(store) == set()
+    store.discard(resolved.version.digest)  # of what is not there, nothing
+
+
+def test_nothing_is_discarded_that_a_broken_name_may_hold(
+    store: AdapterStore, adapter: Path
+) -> None:
+    resolved = store.add(adapter, name="a")
+    (store.root / "names" / "a.json").write_text("{")
+    store.discard(resolved.version.digest)
+    verify(resolved)
+
+
+def test_a_folder_that_came_is_examined_under_the_name_that_it_is_given(
+    store: AdapterStore, adapter: Path
+) -> None:
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"^what came: adapter_config\.json: ") as caught:
+        staged(store, adapter, "a")
+    assert caught.value.codes == ("json-syntax",)
+    assert list((store.root / "incoming").iterdir()) == []
+
+
+def test_a_lease_of_ones_own_stands_against_nothing(store: AdapterStore, adapter: Path) -> None:
+    resolved = store.add(adapter, name="a")
+    with store.lease(resolved) as own, store.lease(resolved) as other:
+        with pytest.raises(StoreConflictError, match="in use by a running server"):
+            store.remove("a", besides=[own])
+        store.remove("a", besides=[own, other])
+
+
+def test_a_store_without_room_says_so(store: AdapterStore, adapter: Path) -> None:
+    store.add(adapter, name="a")
+    before = sorted(store.root.rglob("*"))
+    (adapter / "README.md").write_bytes(b"x" * 100_000)
+    with file_limit(4096), pytest.raises(StoreFullError, match="can not be written"):
+        store.add(adapter, name="b")
+    assert sorted(store.root.rglob("*")) == before
+
+
+def test_an_archive_without_room_to_be_unpacked_says_so(adapter: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(adapter, arcname="a")
+    (tmp_path / "target").mkdir()
+    with file_limit(4096), pytest.raises(StoreFullError, match="set TMPDIR"):
+        unpack(tmp_path / "a.tar", tmp_path / "target")

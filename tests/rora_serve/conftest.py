@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from adapters import AdapterConfig, AdapterStore, open_artifact, write_artifact
 from adapters.names import DEFAULT_MODEL_NAME as BASE
 from adapters.receipt import read_base_shapes
+from rora_serve.side_process import SideProcess
 from tests.conftest import LINEAR
 from tests.reference import ATOL
+from tests.rora_serve.adapter_server import Place, make_place
 from tests.rora_serve.serving import Continuation, Server, free_port, our_command, running
 from tests.workloads import make_random_adapter
 from trainer.allocation import trained_config
@@ -264,3 +266,16 @@ class Oracle:
 @pytest.fixture(scope="package")
 def oracle(default_model: Path, adapters: dict[str, Path]) -> Oracle:
     return Oracle(default_model, adapters)
+
+
+@pytest.fixture(scope="module")
+def side_process() -> Iterator[SideProcess]:
+    """For tests that ask one thing at a time; each has a loop of its own."""
+    process = SideProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path, side_process: SideProcess) -> Place:
+    return make_place(tmp_path, side_process)

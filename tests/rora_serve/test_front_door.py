@@ -133,9 +133,11 @@ def test_a_stream_keeps_its_adapter_to_the_end(client: TestClient) -> None:
     ("method", "path"),
     [
         ("POST", "/invocations"),
-        ("POST", "/v1/load_lora_adapter"),
+        ("GET", "/v1/load_lora_adapter"),
         ("GET", "/docs"),
-        ("GET", "/openapi.json"),
+        ("GET", "/v1/models/good%0A"),
+        ("POST", "/v1/adapters/good"),
+        ("PUT", "/v1/adapters/good/alias/x"),
         ("GET", "/v1/chat/completions"),
         ("POST", "/health"),
         ("PUT", "/v1/models"),

@@ -2,10 +2,11 @@
 
 import asyncio
 import random
+from contextlib import suppress
 
 import pytest
 
-from adapters.errors import AdapterMismatchError
+from adapters.errors import AdapterMismatchError, ResidencyError
 from rora_serve.host_tier import HostTier
 
 
@@ -81,11 +82,107 @@ def test_pins_leave_room_for_what_comes_and_goes() -> None:
         engine.tier.pin("a")
         engine.tier.pin("b")
         engine.tier.pin("b")
-        with pytest.raises(AdapterMismatchError, match="30 of 40 bytes, at most 50% may be pinned"):
+        with pytest.raises(ResidencyError, match="30 of 40 bytes, at most 50% may be pinned"):
             engine.tier.pin("c")
         engine.tier.unpin("a")
-        engine.tier.unpin("nobody")
         engine.tier.pin("c")
+        engine.tier.unpin("b")
+        with pytest.raises(ResidencyError, match="30 of 40"):
+            engine.tier.pin("a")  # one of two pins is left
+        engine.tier.unpin("b")
+        engine.tier.pin("a")
+
+    asyncio.run(run())
+
+
+def test_where_an_adapter_is() -> None:
+    async def run() -> None:
+        engine = Engine(30)
+        assert engine.tier.tier_of("a") == "store"
+        coming = asyncio.create_task(engine.lease("a"))
+        await asyncio.sleep(0)
+        assert (engine.tier.tier_of("a"), engine.tier.is_needed("a")) == ("store", True)
+        await coming
+        assert engine.tier.tier_of("a") == "slot"
+        engine.tier.pin("a")
+        engine.tier.release("a")
+        assert engine.tier.tier_of("a") == "slot"
+        engine.tier.unpin("a")
+        assert (engine.tier.tier_of("a"), engine.tier.is_needed("a")) == ("host", False)
+
+    asyncio.run(run())
+
+
+def test_an_unload_waits_for_leases_frees_the_room_and_spares_the_pinned() -> None:
+    async def run() -> None:
+        engine = Engine(30)
+        assert await engine.tier.unload("nobody")
+        await engine.lease("a")
+        assert not await engine.tier.unload("a", within=0.01)
+        assert engine.held == {"a": 10}
+        unload = asyncio.create_task(engine.tier.unload("a"))
+        await asyncio.sleep(0.01)
+        assert not unload.done()
+        engine.tier.pin("a")
+        engine.tier.release("a")
+        assert await unload
+        assert engine.tier.holds("a")
+        engine.tier.unpin("a")
+        assert await engine.tier.unload("a")
+        assert (engine.held, engine.tier.num_bytes) == ({}, 0)
+
+    asyncio.run(run())
+
+
+def test_what_is_leaving_is_loaded_again_only_when_it_is_out() -> None:
+    """The engine's asserts see a load of what is still there, and one too many."""
+
+    async def run() -> None:
+        engine = Engine(10)
+        await engine.lease("a")
+        engine.tier.release("a")
+        unloads = [asyncio.create_task(engine.tier.unload("a")) for _ in range(3)]
+        await asyncio.sleep(0)
+        await engine.lease("a")
+        assert all(await asyncio.gather(*unloads))
+        assert engine.held == {"a": 10}
+        # One who no longer waits for its unload does not stop it.
+        engine.tier.release("a")
+        unload = asyncio.create_task(engine.tier.unload("a"))
+        await asyncio.sleep(0)
+        unload.cancel()
+        await engine.lease("b")
+        assert engine.held == {"b": 10}
+
+    asyncio.run(run())
+
+
+def test_an_unload_goes_on_beside_one_that_waits_for_room() -> None:
+    async def run() -> None:
+        engine = Engine(30)
+        await engine.lease("a")
+        await engine.lease("b")
+        large = asyncio.create_task(engine.lease("large", 30))
+        await asyncio.sleep(0.01)
+        unload = asyncio.create_task(engine.tier.unload("a"))
+        engine.tier.release("a")
+        async with asyncio.timeout(1):
+            assert await unload
+        assert not large.done()
+        engine.tier.release("b")
+        await large
+
+    asyncio.run(run())
+
+
+def test_whoever_waits_for_room_is_told_of_what_nobody_waits_for_any_more() -> None:
+    async def run() -> None:
+        engine = Engine(10)
+        leaving = asyncio.create_task(engine.lease("a"))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        async with asyncio.timeout(1):
+            await engine.lease("b")
 
     asyncio.run(run())
 
@@ -157,7 +254,23 @@ def test_many_tasks_that_come_leave_and_are_cancelled(seed: int) -> None:
             except TimeoutError:
                 pass
 
-        await asyncio.gather(*(use_or_leave() for _ in range(400)))
-        assert sum(engine.held.values()) <= 50
+        async def unload() -> None:
+            await asyncio.sleep(chooser.random() * 0.5)
+            await engine.tier.unload(chooser.choice(list(sizes)))
+
+        async def pin() -> None:
+            await asyncio.sleep(chooser.random() * 0.5)
+            key = chooser.choice(list(sizes))
+            await engine.lease(key, sizes[key])
+            with suppress(ResidencyError):
+                engine.tier.pin(key)
+                await asyncio.sleep(0.002)
+                assert key in engine.held
+                engine.tier.unpin(key)
+            engine.tier.release(key)
+
+        uses = [use_or_leave() for _ in range(400)]
+        await asyncio.gather(*uses, *(unload() for _ in range(100)), *(pin() for _ in range(100)))
+        assert engine.tier.num_bytes == sum(engine.held.values()) <= 50
 
     asyncio.run(run())

@@ -241,10 +241,10 @@ def resolved(tmp_path: Path) -> ResolvedVersion:
 
 
 def reader_of(pid: int) -> psutil.Process:
-    """The process in which the loader of process `pid` reads."""
+    """The process in which the loader of process `pid` reads; it is the last one that started."""
     children = psutil.Process(pid).children()
-    (reader,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-    return reader
+    readers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return max(readers, key=lambda reader: reader.create_time())
 
 
 def test_the_loader_reads_in_a_process_of_its_own_and_outlives_its_death(

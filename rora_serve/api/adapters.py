@@ -1,0 +1,153 @@
+"""Routes that show adapters, move their aliases, load, pin, unload and remove them."""
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Path, Query, Response
+
+from adapters.errors import AdapterNotFoundError
+from adapters.names import LATEST
+from rora_serve.api.errors import ErrorResponse, Refusal
+from rora_serve.api.protocol import (
+    AdapterCard,
+    AdapterDetail,
+    AdapterList,
+    AliasBody,
+    Deleted,
+    RollbackBody,
+)
+from rora_serve.api.routing import OurRoute, answers
+from rora_serve.api.views import Views, check_manageable, check_visible
+from rora_serve.models import ModelDirectory
+from rora_serve.residency import Residents
+
+UNLOAD_SECONDS = 30.0  # that an unload waits for running requests
+
+Name = Annotated[str, Path(description="name of an adapter")]
+VersionQuery = Annotated[
+    str | None, Query(description="alias or sha256:<at least 12 digits> of a version")
+]
+
+
+def make_adapter_router(
+    directory: ModelDirectory,
+    residents: Residents,
+    views: Views,
+    *,
+    unload_seconds: float = UNLOAD_SECONDS,
+) -> APIRouter:
+    """Return the routes below /v1/adapters, but for the upload.
+
+    Args: unload_seconds: that an unload waits for running requests.
+    """
+    router = APIRouter(route_class=OurRoute, prefix="/v1/adapters", tags=["adapters"])
+    _add_reading(router, views)
+    _add_aliases(router, directory, views)
+    _add_residency(router, residents, views, unload_seconds)
+    _add_removal(router, residents, views)
+    return router
+
+
+def _add_reading(router: APIRouter, views: Views) -> None:
+    @router.get("", response_model=AdapterList, responses=answers())
+    async def list_adapters() -> Response:
+        """Every adapter that the caller may use or manage, sorted by name."""
+        return Response(await views.listing(), media_type="application/json")
+
+    @router.get("/{name}", responses=answers(404))
+    async def get_adapter(name: Name, version: VersionQuery = None) -> AdapterDetail:
+        """One adapter: versions, aliases and their history; modules and receipt of one version."""
+        check_visible(name)
+        return await views.detail(name, version)
+
+
+def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> None:
+    store = directory.store
+
+    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404, 413))
+    async def set_alias(name: Name, alias: str, body: AliasBody) -> AdapterCard:
+        """Let an alias mean a version; running requests end on the one they began with."""
+        check_manageable(name)
+        await views.record(name)
+        await asyncio.to_thread(store.set_alias, f"{name}@{body.version}", alias)
+        return await views.card(name)
+
+    @router.post("/{name}/rollback", responses=answers(400, 404, 409, 413))
+    async def roll_back(
+        name: Name, body: Annotated[RollbackBody | None, Body()] = None
+    ) -> AdapterCard:
+        """Let an alias mean what it meant before; a second time goes one step further back."""
+        check_manageable(name)
+        alias = LATEST if body is None else body.alias
+        (await views.record(name)).find(alias)
+        try:
+            await asyncio.to_thread(store.rollback, name, alias)
+        except AdapterNotFoundError as error:
+            raise Refusal(ErrorResponse(409, str(error), "no_earlier_version")) from error
+        return await views.card(name)
+
+
+def _add_residency(
+    router: APIRouter, residents: Residents, views: Views, unload_seconds: float
+) -> None:
+    @router.post("/{name}/load", responses=answers(404, 413, 422))
+    async def load(name: Name, version: VersionQuery = None) -> AdapterCard:
+        """Bring a version, else the latest, into memory, as its first request would."""
+        check_manageable(name)
+        await views.record(name)
+        await residents.load(_reference(name, version))
+        return await views.card(name)
+
+    @router.post("/{name}/unload", responses=answers(404, 409, 413))
+    async def unload(name: Name, version: VersionQuery = None) -> AdapterCard:
+        """Free the memory of a version, else of all of the name, once its requests have ended.
+
+        Pins of this name end. Weights that another name uses too stay for it.
+        """
+        check_manageable(name)
+        record = await views.record(name)
+        versions = record.versions if version is None else [record.find(version)]
+        await residents.unload(name, versions, within=unload_seconds)
+        return await views.card(name)
+
+    @router.put("/{name}/pin", responses=answers(404, 409, 413, 422))
+    async def pin(name: Name, version: VersionQuery = None) -> AdapterCard:
+        """Bring a version, else the latest, into memory and keep it there."""
+        check_manageable(name)
+        await views.record(name)
+        await residents.pin(_reference(name, version))
+        return await views.card(name)
+
+    @router.delete("/{name}/pin", responses=answers(404, 413))
+    async def unpin(name: Name, version: VersionQuery = None) -> AdapterCard:
+        """Let a version, else all of the name, make room for others again."""
+        check_manageable(name)
+        record = await views.record(name)
+        versions = record.versions if version is None else [record.find(version)]
+        residents.unpin(name, versions)
+        return await views.card(name)
+
+
+def _add_removal(router: APIRouter, residents: Residents, views: Views) -> None:
+    @router.delete("/{name}", responses=answers(400, 404, 409, 413))
+    async def remove(
+        name: Annotated[
+            str, Path(description="of an adapter, or name@sha256:<at least 12 digits>, name@alias")
+        ],
+        force: Annotated[  # noqa: FBT002  (in the query it has a name)
+            bool, Query(description="even if aliases mean it or requests use it")
+        ] = False,
+    ) -> Deleted:
+        """Remove a name, one version of it, or an alias; what they took is freed.
+
+        Running requests end on the version they began with.
+        """
+        bare_name = name.partition("@")[0]
+        check_manageable(bare_name)
+        await views.record(bare_name)
+        await residents.remove(name, force=force)
+        return Deleted(id=name)
+
+
+def _reference(name: str, version: str | None) -> str:
+    return name if version is None else f"{name}@{version}"

@@ -1,0 +1,164 @@
+"""Residents: which versions are in memory, by request of whoever runs the server.
+
+What requests need, rora_serve.models brings in by itself.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapters import ResolvedVersion, Version
+from adapters.errors import AdapterNotFoundError, ResidencyError
+from rora_serve.host_tier import Tier
+from rora_serve.models import ModelDirectory, ServedAdapter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where a version of a name is, and who needs it under that name.
+
+    Args:
+        tier: "slot": in the engine, and requests or pins need it, be it under another name of the
+            same weights; "host": in the engine's memory, from where it answers and may make room
+            for others; "store": on disk alone. On CPUs a slot is the host's copy.
+        is_pinned: under this name.
+        num_running: requests that use it or wait for it.
+    """
+
+    tier: Tier
+    is_pinned: bool
+    num_running: int
+
+
+class Residents:
+    """Loads, pins, unloads and removes versions.
+
+    Args: directory: that serves them.
+    """
+
+    def __init__(self, directory: ModelDirectory) -> None:
+        self._directory = directory
+        # By name and version digest: two names may hold the same version, and each has its pin.
+        self._pins: set[tuple[str, str]] = set()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    def residency(self, name: str, version: Version) -> Residency:
+        """Return where a version is, and who needs it as one of `name`."""
+        return Residency(
+            self._directory.tier.tier_of(version.weights_digest),
+            (name, version.digest) in self._pins,
+            self._directory.num_running(name, [version]),
+        )
+
+    async def load(self, reference: str) -> None:
+        """Bring what `reference` means into the engine, as its first request would.
+
+        Raises: as `ModelDirectory.open`; AdapterNotFoundError: it is the base model.
+        """
+        served = await self._open(reference)
+        self._directory.close(served, was_answered=True)
+
+    async def try_out(self, staged: ResolvedVersion) -> None:
+        """Load a version that has no name yet, as its first request would: what admits an upload.
+
+        Raises: as `ModelDirectory.open`; it leaves memory and store as soon as nothing needs it.
+        """
+        try:
+            served = await self._directory.open_version(staged.name, staged)
+        except BaseException:
+            self._begin_to_retire([staged.version])
+            raise
+        self._directory.close(served, was_answered=True)
+
+    async def pin(self, reference: str) -> None:
+        """Bring what `reference` means into the engine and keep it there until `unpin`.
+
+        Raises: as `load`; ResidencyError: too much would be pinned.
+        """
+        served = await self._open(reference)
+        version = served.resolved.version
+        pin = (served.resolved.name, version.digest)
+        try:
+            if pin not in self._pins:
+                self._directory.tier.pin(version.weights_digest)
+                self._pins.add(pin)
+        finally:
+            self._directory.close(served, was_answered=True)
+
+    def unpin(self, name: str, versions: Sequence[Version]) -> None:
+        """Let versions of a name go like others; those that it does not pin stay as they are."""
+        for version in versions:
+            if (name, version.digest) in self._pins:
+                self._pins.remove((name, version.digest))
+                self._directory.tier.unpin(version.weights_digest)
+
+    async def unload(self, name: str, versions: Sequence[Version], *, within: float) -> None:
+        """Unpin versions of a name, wait for its requests and free what they take in memory.
+
+        Weights that another name pins or uses stay for it.
+
+        Args: within: seconds to wait.
+        Raises: ResidencyError: requests still use them then.
+        """
+        self.unpin(name, versions)
+        weights = {version.weights_digest for version in versions}
+        tier = self._directory.tier
+        await asyncio.gather(*(tier.unload(each, within=within) for each in weights))
+        self._check_idle(name, versions)
+
+    async def remove(self, reference: str, *, force: bool) -> None:
+        """Remove a name, `name@sha256:…` or an alias from the store, and free what it took.
+
+        Requests that run keep their version; what they use is freed when they end.
+
+        Raises:
+            AdapterNotFoundError, StoreConflictError: as `AdapterStore.remove`.
+            ResidencyError: without force: requests use it.
+        """
+        store, tier = self._directory.store, self._directory.tier
+        name, at, wanted = reference.partition("@")
+        record = await asyncio.to_thread(store.record, name)
+        going: Sequence[Version] = () if at else record.versions
+        if ":" in wanted:
+            going = [record.find(wanted)]
+        if not force:
+            self._check_idle(name, going)
+        # Our own leases are of what is in memory, which says nothing of this name.
+        own = self._directory.leases()
+        await asyncio.to_thread(store.remove, reference, force=force, besides=own)
+        self.unpin(name, going)
+        retiring = self._begin_to_retire(going)
+        if not any(tier.is_needed(version.weights_digest) for version in going):
+            await asyncio.shield(retiring)
+
+    def _check_idle(self, name: str, versions: Sequence[Version]) -> None:
+        num_running = self._directory.num_running(name, versions)
+        if num_running:
+            raise ResidencyError(
+                f"adapter {name!r}: {num_running} requests use it, none is expected; try again "
+                "when they have ended"
+            )
+
+    def _begin_to_retire(self, versions: Sequence[Version]) -> "asyncio.Task[None]":
+        retiring = asyncio.create_task(self._retire(versions))
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+        return retiring
+
+    async def _retire(self, versions: Sequence[Version]) -> None:
+        """Free what removed versions take, in memory and on disk, once nothing needs it."""
+        for version in versions:
+            try:
+                await self._directory.tier.unload(version.weights_digest)
+                await asyncio.to_thread(self._directory.store.discard, version.digest)
+            except Exception:  # nobody waits; what stays is evicted, or collected as garbage
+                logger.exception("freeing sha256:%s", version.digest)
+
+    async def _open(self, reference: str) -> ServedAdapter:
+        served = await self._directory.open(reference)
+        if served is None:
+            raise AdapterNotFoundError(f"{reference}: the base model, an adapter is expected")
+        return served

@@ -1,0 +1,310 @@
+"""Every answer that a route declares is produced, and none that it does not declare."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters.errors import AdapterMismatchError
+from rora_serve.api.routing import openapi_document
+from tests.conftest import file_limit
+from tests.rora_serve.adapter_server import Place, Rights, form_headers
+
+Answer = Awaitable[httpx.Response]
+
+CASES: list[tuple[str, int, Callable[[Place], Answer]]] = []
+
+
+def case(operation: str, status: int) -> Callable[[Callable[[Place], Answer]], object]:
+    def register(ask: Callable[[Place], Answer]) -> object:
+        CASES.append((operation, status, ask))
+        return ask
+
+    return register
+
+
+def plain(operation: str, status: int, method: str, path: str, **options: Any) -> None:
+    CASES.append((operation, status, lambda place: place.ask(method, path, **options)))
+
+
+LARGE = b"x" * 2000  # above the limit that is set for these tests
+
+# What all routes of one adapter have in common.
+for operation, body in (
+    ("GET /v1/adapters/{name}", None),
+    ("PUT /v1/adapters/{name}/aliases/{alias}", {"version": "latest"}),
+    ("POST /v1/adapters/{name}/rollback", {}),
+    ("POST /v1/adapters/{name}/load", None),
+    ("POST /v1/adapters/{name}/unload", None),
+    ("PUT /v1/adapters/{name}/pin", None),
+    ("DELETE /v1/adapters/{name}/pin", None),
+    ("DELETE /v1/adapters/{name}", None),
+):
+    method, _, template = operation.partition(" ")
+    path = template.replace("{alias}", "stable").replace("{name}", "NAME")
+    plain(operation, 200, method, path.replace("NAME", "a"), json=body)
+    plain(operation, 404, method, path.replace("NAME", "nobody"), json=body)
+    if method != "GET":
+        plain(operation, 413, method, path.replace("NAME", "a"), content=LARGE)
+
+    @case(operation, 500)
+    async def broken(
+        place: Place, method: str = method, path: str = path, body: object = body
+    ) -> httpx.Response:
+        place.break_record()
+        return await place.ask(method, path.replace("NAME", "a"), json=body)
+
+
+plain("GET /v1/adapters", 200, "GET", "/v1/adapters")
+plain("GET /v1/models", 200, "GET", "/v1/models")
+plain("GET /v1/models/{model}", 200, "GET", "/v1/models/a")
+plain("GET /v1/models/{model}", 404, "GET", "/v1/models/nobody")
+plain("GET /ready", 200, "GET", "/ready")
+plain("PUT /v1/adapters/{name}/aliases/{alias}", 400, "PUT", "/v1/adapters/a/aliases/x", json={})
+plain("POST /v1/adapters/{name}/rollback", 400, "POST", "/v1/adapters/a/rollback", json={"x": 1})
+plain("DELETE /v1/adapters/{name}", 400, "DELETE", "/v1/adapters/a?force=perhaps")
+
+
+@case("GET /ready", 503)
+async def dead(place: Place) -> httpx.Response:
+    place.server.is_alive = False
+    return await place.ask("GET", "/ready")
+
+
+@case("GET /v1/adapters", 500)
+async def unreadable_names(place: Place) -> httpx.Response:
+    (place.store.root / "names").rename(place.store.root / "elsewhere")
+    (place.store.root / "names").write_text("")
+    return await place.ask("GET", "/v1/adapters")
+
+
+@case("GET /v1/models", 500)
+async def unreadable_models(place: Place) -> httpx.Response:
+    (place.store.root / "names").rename(place.store.root / "elsewhere")
+    (place.store.root / "names").write_text("")
+    return await place.ask("GET", "/v1/models")
+
+
+@case("GET /v1/models/{model}", 500)
+async def unreadable_model(place: Place) -> httpx.Response:
+    place.break_record()
+    return await place.ask("GET", "/v1/models/a")
+
+
+@case("POST /v1/adapters/{name}/rollback", 409)
+async def nothing_earlier(place: Place) -> httpx.Response:
+    place.store.rollback("a")
+    return await place.ask("POST", "/v1/adapters/a/rollback")
+
+
+@case("POST /v1/adapters/{name}/load", 422)
+async def load_refused(place: Place) -> httpx.Response:
+    place.server.engine.errors.append(AdapterMismatchError("no such layer"))
+    return await place.ask("POST", "/v1/adapters/a/load")
+
+
+@case("PUT /v1/adapters/{name}/pin", 422)
+async def pin_refused(place: Place) -> httpx.Response:
+    place.server.engine.errors.append(AdapterMismatchError("no such layer"))
+    return await place.ask("PUT", "/v1/adapters/a/pin")
+
+
+@case("PUT /v1/adapters/{name}/pin", 409)
+async def pins_full(place: Place) -> httpx.Response:
+    place.server.directory.tier.capacity = place.store.record("a").latest.num_bytes
+    return await place.ask("PUT", "/v1/adapters/a/pin")
+
+
+@case("POST /v1/adapters/{name}/unload", 409)
+async def unload_in_use(place: Place) -> httpx.Response:
+    await place.server.running("a")
+    return await place.ask("POST", "/v1/adapters/a/unload")
+
+
+@case("DELETE /v1/adapters/{name}", 409)
+async def removal_in_use(place: Place) -> httpx.Response:
+    await place.server.running("a")
+    return await place.ask("DELETE", "/v1/adapters/a")
+
+
+# Uploads and imports.
+
+UPLOAD = "POST /v1/adapters"
+TAR = {"content-type": "application/x-tar"}
+plain(UPLOAD, 415, "POST", "/v1/adapters", content=b"x")
+plain(UPLOAD, 400, "POST", "/v1/adapters", content=b"x", headers=form_headers())
+plain(UPLOAD, 422, "POST", "/v1/adapters?name=b", content=b"x", headers=TAR)
+plain(UPLOAD, 413, "POST", "/v1/adapters?name=b", headers={**TAR, "content-length": "9" * 30})
+
+
+@case(UPLOAD, 201)
+async def uploaded(place: Place) -> httpx.Response:
+    return await place.server.upload(place.third, "a")
+
+
+@case(UPLOAD, 403)
+async def not_for_you(place: Place) -> httpx.Response:
+    place.server.tenant = Rights(use=("a",), manage=("a",))
+    return await place.server.upload(place.third, "a")
+
+
+@case(UPLOAD, 500)
+async def broken_record(place: Place) -> httpx.Response:
+    place.break_record()
+    return await place.server.upload(place.third, "a")
+
+
+@case(UPLOAD, 507)
+async def no_room(place: Place) -> httpx.Response:
+    (place.third / "README.md").write_bytes(b"x" * 100_000)
+    with file_limit(4096):
+        return await place.server.upload(place.third, "a")
+
+
+# vLLM's own.
+
+LOAD, UNLOAD = "POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter"
+
+
+def load(place: Place, **keys: object) -> Answer:
+    body = {"lora_name": "b", "lora_path": str(place.third), **keys}
+    return place.ask("POST", "/v1/load_lora_adapter", json=body)
+
+
+plain(LOAD, 413, "POST", "/v1/load_lora_adapter", content=LARGE)
+plain(UNLOAD, 413, "POST", "/v1/unload_lora_adapter", content=LARGE)
+plain(UNLOAD, 200, "POST", "/v1/unload_lora_adapter", json={"lora_name": "a"})
+plain(UNLOAD, 400, "POST", "/v1/unload_lora_adapter", json={"lora_name": ""})
+plain(UNLOAD, 404, "POST", "/v1/unload_lora_adapter", json={"lora_name": "nobody"})
+CASES.append((LOAD, 200, load))
+CASES.append((LOAD, 400, lambda place: load(place, lora_name="a")))
+CASES.append((LOAD, 404, lambda place: load(place, lora_path="/nowhere")))
+
+
+@case(LOAD, 403)
+async def load_not_for_you(place: Place) -> httpx.Response:
+    place.server.tenant = Rights(use=("b",), upload=("b",))
+    return await load(place)
+
+
+@case(LOAD, 422)
+async def load_broken(place: Place) -> httpx.Response:
+    (place.third / "adapter_config.json").write_text("{")
+    return await load(place)
+
+
+@case(LOAD, 500)
+async def load_over_a_broken_record(place: Place) -> httpx.Response:
+    place.break_record()
+    return await load(place, lora_name="a")
+
+
+@case(LOAD, 507)
+async def load_without_room(place: Place) -> httpx.Response:
+    (place.third / "README.md").write_bytes(b"x" * 100_000)
+    with file_limit(4096):
+        return await load(place)
+
+
+@case(UNLOAD, 409)
+async def lora_in_use(place: Place) -> httpx.Response:
+    await place.server.running("a")
+    return await place.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "a"})
+
+
+@case(UNLOAD, 500)
+async def lora_broken(place: Place) -> httpx.Response:
+    place.break_record()
+    return await place.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "a"})
+
+
+@pytest.mark.parametrize(
+    ("operation", "status", "ask"), CASES, ids=[f"{case[0]} {case[1]}" for case in CASES]
+)
+def test_each_answer_is_as_it_is_declared(
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    status: int,
+    ask: Callable[[Place], Answer],
+) -> None:
+    monkeypatch.setattr("rora_serve.api.front_door.MAX_BODY_BYTES", 1000)
+
+    async def run() -> httpx.Response:
+        return await ask(place)
+
+    answer = asyncio.run(run())
+    assert answer.status_code == status, answer.text
+    assert str(place.store.root) not in answer.text
+    if status >= 400 and status != 503:
+        error = answer.json()["error"]
+        assert {"message", "type", "param", "code"} <= set(error)
+        # vLLM's own routes answer in vLLM's words, past the front door.
+        is_vllms = "lora_adapter" in operation and status != 413
+        assert isinstance(error["code"], int if is_vllms else str)
+
+
+def test_no_answer_is_declared_that_is_not_tried_here(place: Place) -> None:
+    document = openapi_document(place.server.routes)
+    declared = {
+        (f"{method.upper()} {path}", int(status))
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        for status in operation["responses"]
+    }
+    assert declared == {(operation, status) for operation, status, _ in CASES}
+
+
+def test_the_document_is_served_and_whole(place: Place) -> None:
+    async def run() -> httpx.Response:
+        return await place.ask("GET", "/openapi.json")
+
+    answer = asyncio.run(run())
+    assert answer.json() == json.loads(json.dumps(openapi_document(place.server.routes)))
+    assert "HTTPValidationError" not in answer.text
+    upload = answer.json()["paths"]["/v1/adapters"]["post"]["requestBody"]["content"]
+    assert set(upload) > {"multipart/form-data", "application/x-tar", "application/json"}
+
+
+def test_the_front_door_lets_in_what_there_is_and_nothing_else(place: Place) -> None:
+    document = openapi_document(place.server.routes)
+
+    async def run() -> None:
+        for template, operations in document["paths"].items():
+            path = template
+            for part in ("{name}", "{alias}", "{model}"):
+                path = path.replace(part, "nobody")
+            for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
+                answer = await place.ask(method, path)
+                code = answer.json()["error"]["code"] if answer.status_code == 404 else None
+                assert (code == "route_not_found") == (method.lower() not in operations), path
+                assert answer.status_code != 405
+
+    asyncio.run(run())
+
+
+def test_mistakes_of_a_request_name_the_key(place: Place) -> None:
+    async def run(body: object) -> httpx.Response:
+        return await place.ask("PUT", "/v1/adapters/a/aliases/x", json=body)
+
+    for body, param in (
+        ({}, "version"), ({"version": 5}, "version"), ({"version": "latest", "x": 1}, "x"),
+        ([], None), (None, None),
+    ):  # fmt: skip
+        answer = asyncio.run(run(body))
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, param, "bad_request")
+    assert asyncio.run(run({"version": "latest"})).status_code == 200  # the control
+
+    async def send(content: bytes) -> httpx.Response:
+        headers = {"content-type": "application/json"}
+        path = "/v1/adapters/a/aliases/x"
+        return await place.ask("PUT", path, content=content, headers=headers)
+
+    for content in (b"{", b"\xff", b""):
+        answer = asyncio.run(send(content))
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, None, "bad_request")
