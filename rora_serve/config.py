@@ -21,6 +21,9 @@ class ServeConfig(BaseModel):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     max_num_seqs: int = Field(64, ge=1, description="requests in one engine step at most")
+    queue_per_tenant: int | None = Field(
+        None, ge=1, description="requests of a tenant that may wait; none: 4 x max_num_seqs"
+    )
     adapter_memory_bytes: int | None = Field(
         None, ge=1, description="memory for adapters; none: a quarter of what is free at the start"
     )

@@ -46,10 +46,13 @@ class HostTier:
     Args:
         capacity: bytes.
         drop: takes adapters out of the engine, given their keys.
+
+    num_evicted: how many made room for others so far.
     """
 
     def __init__(self, capacity: int, drop: Callable[[list[str]], Awaitable[None]]) -> None:
         self.capacity = capacity
+        self.num_evicted = 0
         self._drop = drop
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         # What is being taken out: it is loaded again only after that.
@@ -62,6 +65,11 @@ class HostTier:
     def num_bytes(self) -> int:
         """Bytes of what is held, and of what room was made for."""
         return self._used
+
+    @property
+    def num_held(self) -> int:
+        """Adapters in the engine or on their way."""
+        return len(self._residents)
 
     def holds(self, key: str) -> bool:
         """Tell whether an adapter is in the engine or on its way."""
@@ -207,6 +215,7 @@ class HostTier:
                 self._released.clear()
                 await self._released.wait()
                 continue
+            self.num_evicted += len(leaving)
             await self._take_out(leaving)
 
     def _take_out(self, keys: list[str]) -> "asyncio.Task[None]":

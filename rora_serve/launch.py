@@ -9,8 +9,9 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,15 +21,25 @@ from adapters import AdapterStore, ResolvedVersion
 from adapters.base_model import cache_folder, chat_template, fingerprint
 from adapters.errors import AdapterMismatchError, ConfigError, EngineSeamError, RoraError
 from adapters.limits import MAX_LORA_RANK
-from adapters.receipt import read_base_shapes
+from adapters.receipt import BaseShapes, read_base_shapes
 from adapters.store import verify
+from rora_serve.admission import Admission
+from rora_serve.catalog import Catalog
 from rora_serve.config import ServeConfig
 from rora_serve.engine.handover import SOCKET_VARIABLE
 from rora_serve.engine.platform_plugin import SEAM_FLAG, SLEEP_FLAG
+from rora_serve.intake import Intake
+from rora_serve.key_file import KeyFile, kept_secret
+from rora_serve.limits import Limiter
 from rora_serve.loader import Loader
+from rora_serve.metrics import Levels, Metrics
 from rora_serve.models import ModelDirectory, ServedBase, check_names
+from rora_serve.request_log import log_to
+from rora_serve.residency import Residents
+from rora_serve.side_process import SideProcess
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
     from vllm.engine.protocol import EngineClient
 
 # vLLM's options, by their names in its parser, that decide how adapters are served or would let a
@@ -78,13 +89,14 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     names = tuple(arguments.served_model_name)
     check_names(names, store)
     base = ServedBase(names, fingerprint(model), chat_template(model))
-    capacity = config.adapter_memory_bytes or free_memory(model) // 4
+    shapes = replace(read_base_shapes(model, name=names[0]), other_names=names[1:])
+    keys = _open_keys(config)
     signal.signal(signal.SIGTERM, _end_start)  # until vLLM installs its own handler
     try:
         with tempfile.TemporaryDirectory(prefix="rora-serve-") as own:
             os.environ[SOCKET_VARIABLE] = str(Path(own, "worker"))
             os.environ["NUMBA_CACHE_DIR"] = str(_kernel_cache(Path(own)))
-            died = uvloop.run(_serve(arguments, base, store, capacity))
+            died = uvloop.run(_serve(arguments, _Parts(config, model, base, shapes, store, keys)))
     except RoraError:
         raise
     except (RuntimeError, ValueError, OSError) as error:  # what vLLM raises while it starts
@@ -95,6 +107,31 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     if died:
         print("rora-serve: the engine died; its log above says why", file=sys.stderr)
     return 1 if died else 0
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is known before the engine starts."""
+
+    config: ServeConfig
+    model: Path
+    base: ServedBase
+    shapes: BaseShapes
+    store: AdapterStore
+    keys: KeyFile | None
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that adapters may take in memory."""
+        return self.config.adapter_memory_bytes or free_memory(self.model) // 4
+
+
+def _open_keys(config: ServeConfig) -> KeyFile | None:
+    """Return the tenants' keys. Raises: ConfigError: every mistake in their file."""
+    if config.keys is None:
+        return None
+    secret = kept_secret(cache_folder(os.environ) / "cache-secret")
+    return KeyFile(config.keys, cache_secret=secret)
 
 
 def _end_start(*_: object) -> NoReturn:
@@ -148,6 +185,8 @@ def _set_environment() -> None:
         "VLLM_SKIP_MODEL_NAME_VALIDATION",
         # With it a response in the background goes on after its request has ended.
         "VLLM_ENABLE_RESPONSES_API_STORE",
+        # With it our metrics would not stand beside vLLM's.
+        "PROMETHEUS_MULTIPROC_DIR",
     ):
         os.environ.pop(name, None)
 
@@ -321,9 +360,7 @@ def _parse_vllm_options(own: list[str], given: list[str]) -> argparse.Namespace:
     return arguments
 
 
-async def _serve(
-    arguments: argparse.Namespace, base: ServedBase, store: AdapterStore, capacity: int
-) -> bool:
+async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
     """Start engine and server, serve, and return whether the engine died."""
     from vllm import envs  # noqa: PLC0415
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
@@ -333,24 +370,28 @@ async def _serve(
     from vllm.entrypoints.launchers.app import build_app  # noqa: PLC0415
     from vllm.entrypoints.launchers.launcher import serve_http, setup_server  # noqa: PLC0415
 
-    from rora_serve.api.plugin import FRONT_DOOR, install  # noqa: PLC0415
+    from rora_serve.api.plugin import FRONT_DOOR  # noqa: PLC0415
+    from rora_serve.engine.compat import drop_lora_info  # noqa: PLC0415
+    from rora_serve.observed import observe  # noqa: PLC0415
 
     address, sock = setup_server(arguments, reuse_port=False)
     loader = Loader(Path(os.environ[SOCKET_VARIABLE])) if _is_cpu_build() else None
+    process = SideProcess()
     try:
         async with build_async_engine_client(arguments) as engine:
             if loader is not None:
                 await _confirm_engine_seam(engine)
-            adapters = _Adapters(engine, loader)
-            directory = ModelDirectory(base, store, adapters, capacity=capacity)
+            drop_lora_info(engine)
+            observe(engine)
+            log_to(sys.stderr)
             tasks = await engine.get_supported_tasks()
             arguments.middleware = [FRONT_DOOR]
             app = build_app(arguments, tasks, engine.model_config)
             await init_app_state(engine, app.state, arguments, tasks)
-            install(app, directory)
+            _open_door(app, engine, loader, process, parts)
             print(
-                f"rora-serve: {base.names[0]} and {len(store.names())} adapters of {store.root} "
-                f"at {address}",
+                f"rora-serve: {parts.base.names[0]} and {len(parts.store.names())} adapters of "
+                f"{parts.store.root} at {address}",
                 file=sys.stderr,
             )
             stopped = _note_shutdown(engine)
@@ -376,9 +417,67 @@ async def _serve(
         await shutdown
     finally:
         sock.close()
+        process.close()
         if loader is not None:
             loader.close()
     return died
+
+
+def _open_door(
+    app: "FastAPI",
+    engine: "EngineClient",
+    loader: Loader | None,
+    process: SideProcess,
+    parts: _Parts,
+) -> None:
+    """Put everything that requests go through into vLLM's app."""
+    from prometheus_client import REGISTRY  # noqa: PLC0415  (comes with vLLM)
+
+    from rora_serve.api.plugin import install  # noqa: PLC0415
+    from rora_serve.api.reception import Reception  # noqa: PLC0415
+    from rora_serve.api.routes import make_routes  # noqa: PLC0415
+    from rora_serve.api.views import Views  # noqa: PLC0415
+
+    config, base = parts.config, parts.base
+    adapters = _Adapters(engine, loader)
+    directory = ModelDirectory(base, parts.store, adapters, capacity=parts.capacity)
+    admission = Admission(config.max_num_seqs, queue_per_tenant=config.queue_per_tenant)
+    tier = directory.tier
+
+    def read_levels() -> Levels:
+        return Levels(
+            host_bytes=tier.num_bytes,
+            host_capacity_bytes=tier.capacity,
+            adapters_held=tier.num_held,
+            evictions=tier.num_evicted,
+            requests_waiting=admission.num_waiting,
+            requests_in_flight=admission.in_flight,
+        )
+
+    metrics = Metrics(base.names[0], read_levels)
+    REGISTRY.register(metrics)  # whose content vLLM's /metrics is
+    residents = Residents(directory)
+    catalog = Catalog(parts.shapes, process)
+    intake = Intake(
+        parts.store,
+        parts.shapes,
+        catalog,
+        process,
+        base_names=base.names,
+        import_folders=config.import_from,
+        admit=residents.try_out,
+    )
+    routes = make_routes(
+        directory,
+        residents,
+        intake,
+        Views(directory, residents, catalog, lambda _: None),
+        started=int(time.time()),
+        is_alive=lambda: not engine.errored,
+        max_upload_bytes=config.max_upload_bytes,
+    )
+    reception = Reception(directory, admission, Limiter(), metrics, parts.keys)
+    install(app, reception, routes)
 
 
 def _note_shutdown(engine: "EngineClient") -> threading.Event:

@@ -65,12 +65,14 @@ class Levels:
     Args:
         host_bytes, host_capacity_bytes: that adapters take in memory, and may take.
         adapters_held: in memory.
+        evictions: adapters that made room for others so far.
         requests_waiting, requests_in_flight: before and after admission.
     """
 
     host_bytes: int
     host_capacity_bytes: int
     adapters_held: int
+    evictions: int
     requests_waiting: int
     requests_in_flight: int
 
@@ -91,7 +93,6 @@ class Metrics:
         self._adapters = _Breakdown(base_name)
         self._tenants = _Breakdown()
         self._refusals: Counter[str] = Counter()
-        self._num_evictions = 0
         self._num_quarantines = 0
 
     def count_request(self, record: RequestRecord) -> None:
@@ -101,11 +102,6 @@ class Metrics:
             self._tenants.add(record.tenant, record)
             if record.refusal is not None:
                 self._refusals[record.refusal] += 1
-
-    def count_evictions(self, number: int) -> None:
-        """Count adapters that made room for others."""
-        with self._lock:
-            self._num_evictions += number
 
     def count_quarantine(self) -> None:
         """Count a version that was found not to answer as it should."""
@@ -118,7 +114,7 @@ class Metrics:
         with self._lock:
             adapters, tenants = self._adapters.page(), self._tenants.page()
             refusals = self._refusals.copy()
-            evictions, quarantines = self._num_evictions, self._num_quarantines
+            quarantines = self._num_quarantines
         yield from _families(adapters, "rora_", "adapter", _HISTOGRAMS | _LOAD)
         yield _keyed(
             "rora_tier_hits",
@@ -128,7 +124,7 @@ class Metrics:
         )
         yield from _families(tenants, "rora_tenant_", "tenant", _HISTOGRAMS)
         yield _keyed("rora_refusals", "Requests refused.", ["reason"], refusals.items())
-        yield CounterMetricFamily("rora_evictions", "Adapters that made room.", evictions)
+        yield CounterMetricFamily("rora_evictions", "Adapters that made room.", levels["evictions"])
         yield CounterMetricFamily("rora_quarantines", "Versions set aside.", quarantines)
         for name, text in _LEVELS.items():
             yield GaugeMetricFamily(f"rora_{name}", text, levels[name])

@@ -72,6 +72,11 @@ class Tenant:
         """Tell whether aliases may be moved, versions loaded, unloaded, pinned and deleted."""
         return _matches_any(self.manage, name)
 
+    @property
+    def is_operator(self) -> bool:
+        """Whether it manages every adapter, and so may see what all tenants do."""
+        return "*" in self.manage
+
 
 # Who asks where there is no key file: all rights, no limits, one cache.
 EVERYBODY = Tenant("everybody", use=("*",), upload=("*",), manage=("*",))

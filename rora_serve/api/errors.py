@@ -10,6 +10,9 @@ from adapters.errors import (
     AdapterNameError,
     AdapterNotFoundError,
     ArtifactError,
+    DeadlineError,
+    LimitExceededError,
+    OverloadedError,
     ResidencyError,
     RoraError,
     StoreConflictError,
@@ -60,11 +63,16 @@ class Refusal(Exception):  # noqa: N818  (it is an answer)
         self.response = response
 
 
+_BAD_REQUEST = "invalid_request_error"
+_TYPES = {429: "rate_limit_error", 504: "timeout_error"}
 _STATUS: Mapping[type[RoraError], tuple[int, str]] = {
     AdapterNotFoundError: (404, "model_not_found"),
     # Not a 5xx: clients repeat those, and the adapter stays what it is.
     AdapterMismatchError: (422, "adapter_not_servable"),
     ArtifactError: (422, "adapter_not_servable"),
+    LimitExceededError: (429, "rate_limit_exceeded"),
+    OverloadedError: (429, "overloaded"),
+    DeadlineError: (504, "deadline_exceeded"),
 }
 
 
@@ -74,8 +82,16 @@ def to_response(error: RoraError, model: str) -> ErrorResponse:
         if isinstance(error, kind):
             if status == 404:
                 return model_not_found(model)
-            return ErrorResponse(status, str(error), code, param="model")
+            param = "model" if status == 422 else None
+            return ErrorResponse(status, str(error), code, _TYPES.get(status, _BAD_REQUEST), param)
     return internal_error()
+
+
+def not_authenticated(
+    message: str = "A key is expected: Authorization: Bearer KEY.",
+) -> ErrorResponse:
+    """Return the answer for a request without a key that is known here."""
+    return ErrorResponse(401, message, "invalid_api_key", "authentication_error")
 
 
 def model_not_found(model: str) -> ErrorResponse:

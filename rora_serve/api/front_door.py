@@ -1,38 +1,61 @@
-"""The front door: the one place where a request's `model` becomes an adapter, before vLLM sees it.
+"""The front door: what every request goes through, once, before vLLM sees it.
 
-Pure ASGI. It lets listed routes through, reads `model` once, opens it in the ModelDirectory and
-keeps the outcome in a context variable, which vLLM's handlers see through `rora_serve.api.plugin`.
+Pure ASGI. Only listed routes pass. A request for a model is authenticated, read, resolved to one
+version, held to its tenant's limits, let in when it is its turn, and given its adapter, which
+vLLM's handlers see through context variables and `rora_serve.api.plugin`. Whatever ends it, all
+that it took is given back, counted and logged here.
 """
 
-import json
+import asyncio
 import logging
-import re
-from collections.abc import Awaitable, Callable, MutableMapping
+import math
+import time
+from contextlib import AsyncExitStack
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Protocol
 
-from adapters.errors import RoraError
+from adapters.errors import (
+    AdapterNotFoundError,
+    AuthenticationError,
+    LimitExceededError,
+    OverloadedError,
+    RoraError,
+)
+from rora_serve.api.allowed import Kind, kind_of
+from rora_serve.api.asgi import (
+    App,
+    Exchange,
+    Header,
+    HungUpError,
+    Receive,
+    Scope,
+    Send,
+)
 from rora_serve.api.errors import (
     ErrorResponse,
-    body_too_large,
+    bad_request,
     internal_error,
+    not_authenticated,
     route_not_found,
     to_response,
 )
-from rora_serve.models import ModelDirectory, ServedAdapter
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from rora_serve.api.model_request import (
+    ModelRequest,
+    deadline_seconds,
+    headers_for_vllm,
+    read_model_request,
+)
+from rora_serve.api.reception import RECEPTION_STATE, Reception
+from rora_serve.models import ServedAdapter
+from rora_serve.request_log import RequestRecord, current_record, log_request, request_id
+from rora_serve.tenants import EVERYBODY, Tenant, presented_key
 
 # The adapter of the request that this task serves; None is the base model.
 current_adapter: ContextVar[ServedAdapter | None] = ContextVar("current_adapter", default=None)
 
 
-class Tenant(Protocol):
-    """What a caller may do with adapters, by their names; no right includes another."""
+class Caller(Protocol):
+    """What our own routes ask of whoever sent a request; no right includes another."""
 
     @property
     def may_use_base(self) -> bool:
@@ -52,60 +75,19 @@ class Tenant(Protocol):
         ...
 
 
-class _Everybody:
-    """Who asks a server without tenants."""
-
-    may_use_base = True
-
-    def may_use(self, _: str) -> bool:
-        return True
-
-    may_upload = may_manage = may_use
-
-
 # Who sent the request that this task serves.
-current_tenant: ContextVar[Tenant] = ContextVar("current_tenant", default=_Everybody())  # noqa: B039
+current_tenant: ContextVar[Caller] = ContextVar("current_tenant", default=EVERYBODY)
 
-# Routes that name a model in a JSON body.
-MODEL_ROUTES = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/responses",
-        "/tokenize",
-        "/detokenize",
-    }
-)
-PLAIN_ROUTES = frozenset(
-    {"/health", "/metrics", "/openapi.json", "/ready", "/v1/models", "/version"}
-)
-MODEL_ROUTE_PREFIX = "/v1/models/"
-UPLOAD_ROUTE = "/v1/adapters"
-# Our own routes, which take the tenant's rights into account themselves. What stands for a name
-# here may be anything: the store knows the grammar, and looks at no file for a name against it.
-ADAPTER_ROUTES: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = tuple(
-    (re.compile(pattern), frozenset(methods.split()))
-    for pattern, methods in (
-        ("/v1/adapters", "GET POST"),
-        ("/v1/adapters/[^/]+", "GET DELETE"),
-        ("/v1/adapters/[^/]+/aliases/[^/]+", "PUT"),
-        ("/v1/adapters/[^/]+/(load|unload|rollback)", "POST"),
-        ("/v1/adapters/[^/]+/pin", "PUT DELETE"),
-        ("/v1/(un)?load_lora_adapter", "POST"),
-    )
-)
-MAX_BODY_BYTES = 32 * 1024 * 1024
-ADAPTER_HEADER = b"x-rora-adapter"
-DIRECTORY_STATE = "rora_directory"
+ADAPTER_HEADER, TIER_HEADER, LOAD_HEADER = b"x-rora-adapter", b"x-rora-tier", b"x-rora-load-ms"
 
 logger = logging.getLogger(__name__)
 
 
 class FrontDoor:
-    """ASGI middleware in front of vLLM's whole app; any route that is not listed is 404.
+    """ASGI middleware in front of vLLM's whole app.
 
-    vLLM makes it from `--middleware` before there is an engine, so what `model` may mean is read
-    from the app's state, where `rora_serve.api.plugin` puts a ModelDirectory.
+    vLLM makes it from `--middleware` before there is an engine, so what stands behind it is read
+    from the app's state, where `rora_serve.api.plugin` puts a Reception.
 
     Args: app: what vLLM put behind it.
     """
@@ -118,155 +100,208 @@ class FrontDoor:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await self._serve(scope, receive, send)
+            kind = kind_of(scope["method"], scope["path"])
+            if kind in (Kind.OPEN, Kind.PREFLIGHT):
+                await self._app(scope, receive, send)
+            else:
+                await self._serve(kind, scope, receive, send)
         else:  # nothing that we serve speaks WebSocket; refusing before accepting is a 403
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        method, path = scope["method"], scope["path"]
-        if not path.isprintable():
-            # The patterns of routers pass over a line break at the end.
-            await _respond(send, route_not_found(method, path))
-        elif method == "POST" and path in MODEL_ROUTES:
-            await self._serve_model(scope, receive, send)
-        elif method in ("GET", "HEAD") and _is_plain(path):
-            await self._app(scope, receive, send)
-        elif method in _adapter_methods(path):
-            await self._serve_own(scope, receive, send)
-        elif method == "OPTIONS" and (
-            path in MODEL_ROUTES or _is_plain(path) or _adapter_methods(path)
-        ):
-            await self._app(scope, receive, send)  # a browser's question; vLLM's CORS answers
-        else:
-            await _respond(send, route_not_found(method, path))
-
-    async def _serve_own(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # An upload is counted while it is written to disk; other bodies end up in memory.
-        if scope["method"] != "GET" and scope["path"] != UPLOAD_ROUTE:
-            body = await _read_body(receive)
-            if body is None:
-                await _respond(send, body_too_large(MAX_BODY_BYTES))
-                return
-            receive = _replay(body, receive)
-        await self._app(scope, receive, send)
-
-    async def _serve_model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _read_body(receive)
-        if body is None:
-            await _respond(send, body_too_large(MAX_BODY_BYTES))
-            return
-        model = _requested_model(body)
-        adapter = None
-        directory: ModelDirectory = getattr(scope["app"].state, DIRECTORY_STATE)
-        if model is not None:
-            try:
-                adapter = await directory.open(model)
-            except RoraError as error:
-                logger.info("%s %s: %s", scope["method"], scope["path"], error)
-                await _respond(send, to_response(error, model))
-                return
-            except Exception:
-                logger.exception("%s %s: opening %.100r", scope["method"], scope["path"], model)
-                await _respond(send, internal_error())
-                return
-        if adapter is None:
-            await self._app(scope, _replay(body, receive), send)
-            return
-        exchange = _Exchange(_replay(body, receive), send, adapter)
-        # Each request is its own task or comes after the last one of its connection; reset for the
-        # latter.
-        token = current_adapter.set(adapter)
+    async def _serve(self, kind: Kind, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request that is noted, whatever becomes of it."""
+        reception: Reception = getattr(scope["app"].state, RECEPTION_STATE)
+        name = request_id(scope["headers"])
+        record = RequestRecord(name, scope["method"], scope["path"], time.monotonic())
+        exchange = Exchange(receive, send, record)
+        scope = {**scope, "headers": headers_for_vllm(scope["headers"], name)}
+        # A connection's requests are one task after the other or the same; reset for the latter.
+        token = current_record.set(record)
         try:
-            await self._app(scope, exchange.receive, exchange.send)
+            await self._answer(kind, scope, exchange, reception, record)
+        except HungUpError:
+            pass
         finally:
-            current_adapter.reset(token)
-            directory.close(adapter, was_answered=exchange.is_answered)
+            current_record.reset(token)
+            if exchange.hung_up:
+                record.finish = "abort"
+            reception.metrics.count_request(record)
+            log_request(record, now=time.monotonic())
+
+    async def _answer(
+        self,
+        kind: Kind,
+        scope: Scope,
+        exchange: Exchange,
+        reception: Reception,
+        record: RequestRecord,
+    ) -> None:
+        if kind is Kind.UNKNOWN:
+            await exchange.respond(route_not_found(record.method, record.path))
+            return
+        tenant = EVERYBODY
+        if reception.keys is not None:
+            try:
+                known = reception.keys.tenant_of(presented_key(scope["headers"]))
+            except AuthenticationError as error:
+                await exchange.respond(not_authenticated(str(error)), [_BEARER])
+                return
+            if known is None or (kind is Kind.OPERATOR and not known.is_operator):
+                await exchange.respond(not_authenticated(), [_BEARER])
+                return
+            tenant = known
+        record.tenant = tenant.name
+        token = None if reception.keys is None else current_tenant.set(tenant)
+        try:
+            if kind is Kind.MODEL:
+                await self._serve_model(scope, exchange, reception, tenant, record)
+            elif kind is Kind.OWN:
+                await self._serve_own(scope, exchange)
+            else:  # an upload is counted while it is written to disk
+                await self._app(scope, exchange.receive, exchange.send)
+        finally:
+            if token is not None:
+                current_tenant.reset(token)
+
+    async def _serve_own(self, scope: Scope, exchange: Exchange) -> None:
+        if scope["method"] != "GET":  # what is read of a body ends up in memory
+            body = await exchange.read_body()
+            if body is None:
+                return
+            exchange.replay(body)
+        await self._app(scope, exchange.receive, exchange.send)
+
+    async def _serve_model(
+        self,
+        scope: Scope,
+        exchange: Exchange,
+        reception: Reception,
+        tenant: Tenant,
+        record: RequestRecord,
+    ) -> None:
+        body = await exchange.read_body()
+        if body is None:
+            return
+        request = read_model_request(body, record.path, tenant)
+        exchange.replay(request.body)
+        record.model = request.model
+        visit = _Visit(reception, tenant, record, exchange)
+        try:
+            async with AsyncExitStack() as stack:
+                adapter = await visit.enter(stack, request, scope)
+                token = current_adapter.set(adapter)
+                try:
+                    await self._app(scope, exchange.receive, exchange.send)
+                finally:
+                    current_adapter.reset(token)
+        except _RefusedError as refusal:
+            await exchange.respond(refusal.response, refusal.headers)
 
 
-def _is_plain(path: str) -> bool:
-    return path in PLAIN_ROUTES or path.startswith(MODEL_ROUTE_PREFIX)
+class _RefusedError(Exception):
+    """A request gets one of our own answers."""
+
+    def __init__(self, response: ErrorResponse, headers: tuple[Header, ...] = ()) -> None:
+        super().__init__(response.message)
+        self.response = response
+        self.headers = headers
 
 
-def _adapter_methods(path: str) -> frozenset[str]:
-    for pattern, methods in ADAPTER_ROUTES:
-        if pattern.fullmatch(path):
-            return methods
-    return frozenset()
+class _Visit:
+    """A request on its way in, and what it has to give back."""
 
+    def __init__(
+        self, reception: Reception, tenant: Tenant, record: RequestRecord, exchange: Exchange
+    ) -> None:
+        self._reception = reception
+        self._tenant = tenant
+        self._record = record
+        self._exchange = exchange
 
-async def _read_body(receive: Receive) -> bytes | None:
-    """Return the request's body, or None if it is above the limit."""
-    chunks, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return b""
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
+    async def enter(
+        self, stack: AsyncExitStack, request: ModelRequest, scope: Scope
+    ) -> ServedAdapter | None:
+        """Return the request's adapter once it is let in; None is the base model.
+
+        Args: stack: gives back, at its end, all that this takes.
+        Raises: _RefusedError: it is not let in.
+        """
+        record, model = self._record, request.model
+        try:
+            return await self._enter(stack, request, scope)
+        except (HungUpError, _RefusedError):
+            raise
+        except (LimitExceededError, OverloadedError) as error:
+            seconds = max(1, math.ceil(error.retry_after_seconds))
+            logger.info("%s %s: %s", record.method, record.path, error)
+            raise _RefusedError(
+                to_response(error, model or ""), ((b"retry-after", str(seconds).encode()),)
+            ) from error
+        except RoraError as error:
+            logger.info("%s %s: %s", record.method, record.path, error)
+            raise _RefusedError(to_response(error, model or "")) from error
+        except Exception as error:
+            logger.exception("%s %s: opening %.100r", record.method, record.path, model)
+            raise _RefusedError(internal_error()) from error
+
+    async def _enter(
+        self, stack: AsyncExitStack, request: ModelRequest, scope: Scope
+    ) -> ServedAdapter | None:
+        directory, record, model = self._reception.directory, self._record, request.model
+        try:
+            within = deadline_seconds(scope["headers"])
+        except ValueError as error:
+            raise _RefusedError(bad_request(None, str(error))) from error
+        is_base = model is None or model in directory.base_names
+        name = directory.base_names[0] if is_base else (model or "").partition("@")[0]
+        if not (self._tenant.may_use_base if is_base else self._tenant.may_use(name)):
+            raise AdapterNotFoundError(f"{name}: tenant {self._tenant.name!r} may not use it")
+        # Before it waits, so that names that nobody has wait nowhere.
+        resolved = None
+        if not is_base:
+            # Reading a name is one small file; it may still wait for a slow disk.
+            resolved = await asyncio.to_thread(directory.store.resolve, model or "")
+        record.adapter = name
+        self._reception.limiter.admit(self._tenant, time.monotonic())
+        stack.callback(self._end_limits)
+        is_cold = False
+        if resolved is not None:
+            record.version = resolved.public_id
+            is_cold = not directory.tier.holds(resolved.version.weights_digest)
+        place = self._reception.admission.place(
+            tenant=self._tenant.name,
+            adapter=name,
+            weight=self._tenant.weight,
+            cost=request.num_sequences,
+            is_cold=is_cold,
+            body_bytes=len(request.body),
+            deadline=None if within is None else record.arrived_at + within,
+        )
+        await self._exchange.while_connected(stack.enter_async_context(place))
+        begun = time.monotonic()
+        record.queue_ms = 1000 * (begun - record.arrived_at)
+        if resolved is None:
             return None
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
+        # What it was before it waited may be another by now.
+        record.tier = directory.tier.tier_of(resolved.version.weights_digest)
+        served = await directory.open_version(model or "", resolved)
+        stack.callback(self._close, served)
+        record.load_ms = 1000 * (time.monotonic() - begun)
+        self._exchange.headers += [
+            (ADAPTER_HEADER, resolved.public_id.encode()),
+            (TIER_HEADER, record.tier.encode()),
+            (LOAD_HEADER, f"{record.load_ms:.1f}".encode()),
+        ]
+        return served
+
+    def _close(self, served: ServedAdapter) -> None:
+        self._reception.directory.close(served, was_answered=self._exchange.is_answered)
+
+    def _end_limits(self) -> None:
+        count = self._record.prompt_tokens + self._record.generated_tokens
+        limiter = self._reception.limiter
+        limiter.spend_tokens(self._tenant, count, time.monotonic())
+        limiter.done(self._tenant)
 
 
-def _requested_model(body: bytes) -> str | None:
-    """Return `model` of a JSON body; None where it is no text or empty, which vLLM judges."""
-    try:
-        parsed = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    model = parsed.get("model") if isinstance(parsed, dict) else None
-    return model if isinstance(model, str) and model else None
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body again, and then what the connection says."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
-
-
-class _Exchange:
-    """A request with an adapter: names it in the answer, and notes whether that came to its end."""
-
-    def __init__(self, receive: Receive, send: Send, adapter: ServedAdapter) -> None:
-        self._receive = receive
-        self._send = send
-        self._header = (ADAPTER_HEADER, adapter.resolved.public_id.encode())
-        self._is_whole = False
-        self._hung_up = False
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether all of the answer was sent before the client hung up."""
-        return self._is_whole and not self._hung_up
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.disconnect" and not self._is_whole:
-            self._hung_up = True
-        return message
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), self._header]}
-        await self._send(message)
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._is_whole = True
-
-
-async def _respond(send: Send, response: ErrorResponse) -> None:
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(response.body)).encode()),
-    ]
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
-    await send({"type": "http.response.body", "body": response.body})
+_BEARER: Header = (b"www-authenticate", b"Bearer")

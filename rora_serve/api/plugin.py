@@ -1,17 +1,16 @@
 """Putting our routes and the resolved adapter into vLLM's app, behind the front door."""
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.lora.request import LoRARequest
 
-from rora_serve.api.front_door import DIRECTORY_STATE, FrontDoor, current_adapter
-from rora_serve.api.routes import make_router
-from rora_serve.models import ModelDirectory
+from rora_serve.api.front_door import FrontDoor, current_adapter
+from rora_serve.api.reception import RECEPTION_STATE, Reception
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.routing import BaseRoute
 
 
 class RequestAdapters(Mapping[str, LoRARequest]):
@@ -43,10 +42,13 @@ class RequestAdapters(Mapping[str, LoRARequest]):
 FRONT_DOOR = f"{FrontDoor.__module__}.{FrontDoor.__qualname__}"
 
 
-def install(app: "FastAPI", directory: ModelDirectory) -> None:
-    """Let `app`, built and set up by vLLM, serve the adapters of `directory`."""
+def install(app: "FastAPI", reception: Reception, routes: "Sequence[BaseRoute]") -> None:
+    """Let `app`, built and set up by vLLM, serve adapters behind the front door.
+
+    Args: routes: of our own, which come before vLLM's.
+    """
     serving_models = app.state.openai_serving_models
-    base_name = directory.base_names[0]
+    base_name = reception.directory.base_names[0]
 
     def model_name(lora_request: LoRARequest | None = None) -> str:
         adapter = current_adapter.get()
@@ -55,8 +57,5 @@ def install(app: "FastAPI", directory: ModelDirectory) -> None:
 
     serving_models.lora_requests = RequestAdapters()
     serving_models.model_name = model_name
-    routes = make_router(
-        directory, started=int(time.time()), is_alive=lambda: not app.state.engine_client.errored
-    ).routes
     app.router.routes[:0] = routes  # before vLLM's own /v1/models
-    setattr(app.state, DIRECTORY_STATE, directory)
+    setattr(app.state, RECEPTION_STATE, reception)

@@ -11,11 +11,16 @@ from fastapi import FastAPI
 
 from adapters import AdapterStore, ResolvedVersion
 from adapters.receipt import BaseShapes
-from rora_serve.api.front_door import DIRECTORY_STATE, FrontDoor, Tenant, current_tenant
+from rora_serve.admission import Admission
+from rora_serve.api.front_door import Caller, FrontDoor, current_tenant
+from rora_serve.api.reception import RECEPTION_STATE, Reception
 from rora_serve.api.routes import make_routes
 from rora_serve.api.views import Views
 from rora_serve.catalog import Catalog
 from rora_serve.intake import Intake
+from rora_serve.key_file import KeyFile
+from rora_serve.limits import Limiter
+from rora_serve.metrics import Levels, Metrics
 from rora_serve.models import ModelDirectory, ServedAdapter, ServedBase
 from rora_serve.residency import Residents
 from rora_serve.side_process import SideProcess
@@ -80,7 +85,7 @@ class AdapterServer:
     capacity: int = 1_000_000
     admit: Callable[[ResolvedVersion], Any] | None = None
     quarantined: dict[str, str] = field(default_factory=dict)  # reasons by version digest
-    tenant: Tenant | None = None
+    tenant: Caller | None = None
     is_alive: bool = True
 
     def __post_init__(self) -> None:
@@ -121,7 +126,7 @@ class AdapterServer:
         self.app = FastAPI(openapi_url=None)
         self.app.router.routes[:0] = self.routes
         self.app.add_middleware(FrontDoor)
-        setattr(self.app.state, DIRECTORY_STATE, self.directory)
+        setattr(self.app.state, RECEPTION_STATE, make_reception(self.directory))
 
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Ask as the tenant that is set; every task that this starts has it."""
@@ -145,6 +150,19 @@ class AdapterServer:
         served = await self.directory.open(model)
         assert served is not None
         return served
+
+
+def make_reception(
+    directory: ModelDirectory, *, keys: KeyFile | None = None, max_in_flight: int = 8
+) -> Reception:
+    """Return what stands behind the front door, in front of a directory."""
+
+    def read_levels() -> Levels:
+        tier = directory.tier
+        return Levels(tier.num_bytes, tier.capacity, tier.num_held, tier.num_evicted, 0, 0)
+
+    metrics = Metrics(directory.base_names[0], read_levels)
+    return Reception(directory, Admission(max_in_flight), Limiter(), metrics, keys)
 
 
 def run(what: Coroutine[Any, Any, None]) -> None:

@@ -231,7 +231,7 @@ def test_each_answer_is_as_it_is_declared(
     status: int,
     ask: Callable[[Place], Answer],
 ) -> None:
-    monkeypatch.setattr("rora_serve.api.front_door.MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr("rora_serve.api.asgi.MAX_BODY_BYTES", 1000)
 
     async def run() -> httpx.Response:
         return await ask(place)

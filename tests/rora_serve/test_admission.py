@@ -176,6 +176,20 @@ def test_a_request_that_fails_in_its_place_leaves_it() -> None:
     run_in_virtual_time(run())
 
 
+def test_10_000_adapters_that_came_and_went_are_forgotten() -> None:
+    async def run() -> None:
+        door = admission(2)
+        async with door.place(tenant="t", adapter="always"):
+            for number in range(10_000):
+                async with door.place(tenant="t", adapter=f"a{number}", is_cold=number % 2 == 0):
+                    await asyncio.sleep(1)
+            loaded = door._order._root.children["t"].children["loaded"]
+            assert list(loaded.children) == ["always"]
+        assert is_empty(door)
+
+    run_in_virtual_time(run())
+
+
 def test_an_adapter_may_have_as_many_waiting_as_leave_room_for_others() -> None:
     async def run() -> None:
         guests = Guests(admission(1, queue_per_tenant=6))

@@ -14,9 +14,12 @@ from starlette.datastructures import State
 
 from adapters import AdapterStore, ResolvedVersion
 from adapters.errors import AdapterMismatchError
-from rora_serve.api.front_door import DIRECTORY_STATE, MAX_BODY_BYTES, FrontDoor, current_adapter
+from rora_serve.api.asgi import MAX_BODY_BYTES
+from rora_serve.api.front_door import FrontDoor, current_adapter
+from rora_serve.api.reception import RECEPTION_STATE
 from rora_serve.api.routes import make_router
 from rora_serve.models import ModelDirectory, ServedAdapter, ServedBase
+from tests.rora_serve.adapter_server import make_reception
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def client(store: AdapterStore) -> Iterator[TestClient]:
     router = make_router(directory, started=7, is_alive=lambda: not dead)
     app.router.routes[:0] = router.routes
     app.add_middleware(FrontDoor)
-    setattr(app.state, DIRECTORY_STATE, directory)
+    setattr(app.state, RECEPTION_STATE, make_reception(directory))
     app.state.refuse, app.state.dead = refuse, dead
     with TestClient(app) as client:
         yield client
@@ -227,8 +230,11 @@ def test_an_adapter_is_kept_for_what_vllm_may_still_run(
     """vLLM answers a client that hung up, while its engine still gives the request up."""
     closed: list[bool] = []
 
+    reached = asyncio.Event()
+
     async def app(_: Any, receive: Any, send: Any) -> None:
         await receive()
+        reached.set()
         if hangs_up:
             assert (await receive())["type"] == "http.disconnect"
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -251,23 +257,22 @@ def test_an_adapter_is_kept_for_what_vllm_may_still_run(
             close(served, was_answered=was_answered)
 
         monkeypatch.setattr(directory, "close", noted_close)
-        state = State({DIRECTORY_STATE: directory})
+        state = State({RECEPTION_STATE: make_reception(directory)})
         scope = {
             "type": "http",
             "method": "POST",
             "path": "/v1/completions",
+            "headers": [],
             "app": SimpleNamespace(state=state),
         }
         body = json.dumps({"model": "good"}).encode()
-        messages = iter(
-            [
-                {"type": "http.request", "body": body, "more_body": False},
-                {"type": "http.disconnect"},
-            ]
-        )
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Any:
-            return next(messages)
+            if messages:
+                return messages.pop()
+            await (reached if hangs_up else asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
 
         sent = []
 

@@ -18,7 +18,14 @@ from rora_serve.metrics import MAX_NAMES, NONE, OTHER, Levels, Metrics
 from rora_serve.request_log import Choice, RequestRecord, Tier
 
 BASE = "smollm2-135m-instruct"
-LEVELS = Levels(10, 100, 1, 2, 3)
+LEVELS = Levels(
+    host_bytes=10,
+    host_capacity_bytes=100,
+    adapters_held=1,
+    evictions=2,
+    requests_waiting=2,
+    requests_in_flight=3,
+)
 
 Series = tuple[str, frozenset[tuple[str, str]]]
 Page = dict[Series, float]
@@ -94,7 +101,6 @@ def test_only_what_was_loaded_counts_as_a_load(metrics: Metrics) -> None:
 
 
 def test_counts_of_the_whole_server_and_levels_stand_there(metrics: Metrics) -> None:
-    metrics.count_evictions(2)
     metrics.count_quarantine()
     for reason in ("queue_full", "queue_full", "deadline"):
         record = ended("a", status=429)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import psutil
@@ -227,6 +228,38 @@ def _edited(folder: Path, copy: Path) -> Path:
     config = copy / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 15'))
     return copy
+
+
+def test_adapters_are_managed_while_they_are_served(
+    server: Server, adapters: dict[str, Path], prompts: list[tuple[int, ...]], oracle: Oracle
+) -> None:
+    files = {
+        name: (adapters["rora-32"] / name).read_bytes()
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        answer = client.post(
+            "/v1/adapters", data={"name": "sent", "alias": "latest"}, files=_parts(files)
+        )
+        assert answer.status_code == 201, answer.text
+        first = client.get("/v1/adapters/sent").json()
+        assert first["aliases"]["latest"] == first["versions"][0]["digest"]
+        (found,) = ask_together(server, [("sent", prompts[0])], num_tokens=NUM_TOKENS)
+        assert oracle.largest_difference("rora-32", found) <= TOLERANCE
+        assert client.put("/v1/adapters/sent/pin").status_code == 200
+        assert client.delete("/v1/adapters/sent/pin").status_code == 200
+        assert client.post("/v1/adapters/sent/unload").status_code == 200
+        assert client.get("/v1/adapters/sent").json()["versions"][0]["tier"] in ("host", "store")
+        page = client.get("/metrics").text
+        assert 'rora_generated_tokens_total{adapter="sent"} 32.0' in page
+        assert "vllm:lora_requests_info{" not in page
+        assert client.delete("/v1/adapters/sent").status_code == 200
+        body = {"model": "sent", "prompt": "Hi", "max_tokens": 1}
+        assert client.post("/v1/completions", json=body).status_code == 404
+
+
+def _parts(files: dict[str, bytes]) -> dict[str, tuple[str, bytes]]:
+    return {name: (name, content) for name, content in files.items()}
 
 
 def test_a_signal_during_the_start_ends_it_at_once(store: AdapterStore, tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""ASGI in the small: whole bodies, whole answers, and an exchange that notes how it went."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+from rora_serve.api.errors import ErrorResponse, body_too_large
+from rora_serve.request_log import REQUEST_ID_HEADER, RequestRecord
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Header = tuple[bytes, bytes]
+Result = TypeVar("Result")
+
+MAX_BODY_BYTES = 32 * 1024 * 1024
+_DISCONNECT: Message = {"type": "http.disconnect"}
+
+
+class HungUpError(Exception):
+    """The client is gone, so that nobody waits for an answer."""
+
+
+class Exchange:
+    """One request and its answer, as the record of it notes them.
+
+    Args:
+        receive, send: of the connection.
+        record: gets the status, and what answers it.
+
+    headers: that the answer gets besides its own.
+    """
+
+    def __init__(self, receive: Receive, send: Send, record: RequestRecord) -> None:
+        self._receive = receive
+        self._send = send
+        self._record = record
+        self._body: bytes | None = None
+        self._is_whole = False
+        self._hung_up = False
+        self.headers: list[Header] = [(REQUEST_ID_HEADER, record.request_id.encode())]
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all of the answer was sent before the client hung up."""
+        return self._is_whole and not self._hung_up
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the client did before its answer was whole."""
+        return self._hung_up
+
+    def replay(self, body: bytes) -> None:
+        """Let `receive` give this body, and then what the connection says."""
+        self._body = body
+
+    async def receive(self) -> Message:
+        """Return the next message of the request."""
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await self._next()
+
+    async def _next(self) -> Message:
+        if self._hung_up:
+            return _DISCONNECT
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._is_whole:
+            self._hung_up = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the answer."""
+        if message["type"] == "http.response.start":
+            self._record.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._is_whole = True
+
+    async def respond(self, response: ErrorResponse, headers: Sequence[Header] = ()) -> None:
+        """Send one of our own answers instead of the app's."""
+        self._record.refusal = response.code
+        all_headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(response.body)).encode()),
+            *headers,
+        ]
+        await self.send(
+            {"type": "http.response.start", "status": response.status, "headers": all_headers}
+        )
+        await self.send({"type": "http.response.body", "body": response.body})
+
+    async def read_body(self) -> bytes | None:
+        """Return the request's body, or None if it is above the limit, which is answered then.
+
+        Raises: HungUpError: the client is gone before its end.
+        """
+        chunks, size = [], 0
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise HungUpError
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > MAX_BODY_BYTES:
+                await self.respond(body_too_large(MAX_BODY_BYTES))
+                return None
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+    async def while_connected(self, waiting: Awaitable[Result]) -> Result:
+        """Return what `waiting` does, whose body was read; give it up if the client hangs up.
+
+        Raises: HungUpError: it did; and whatever `waiting` raises.
+        """
+        work = asyncio.ensure_future(waiting)
+        listening = asyncio.ensure_future(self._next())
+        try:
+            await asyncio.wait((work, listening), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            raise HungUpError
+        finally:
+            for task in (work, listening):
+                task.cancel()
+            await asyncio.gather(work, listening, return_exceptions=True)

@@ -1,0 +1,123 @@
+"""What the front door reads of a request for a model, and what of it is not for clients to say."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rora_serve.api.allowed import GENERATING_ROUTES
+from rora_serve.api.asgi import Header
+from rora_serve.tenants import Tenant
+
+DEADLINE_HEADER = b"x-rora-deadline-ms"
+_MAX_DEADLINE_MS = 24 * 3600 * 1000
+# Settings of vLLM's scheduler, transfers and logs, which are the server's.
+_NOT_FOR_CLIENTS = ("priority", "kv_transfer_params", "vllm_xargs", "session_id", "request_id")
+_HEADERS_NOT_FOR_CLIENTS = frozenset(
+    {
+        b"x-vllm-priority",
+        b"x-data-parallel-rank",
+        b"x-session-id",
+        # Asks for the server's load, and for all metrics to be collected meanwhile.
+        b"endpoint-load-metrics-format",
+        b"x-request-id",  # the record's takes its place
+    }
+)
+# How many tokens may be generated; the first is what the route takes if nothing is said.
+_MAX_TOKENS = {
+    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+}
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """A request's body, as vLLM's handlers get it.
+
+    Args:
+        body: of it.
+        model: what it asks for; None if it is no text or empty, which vLLM judges.
+        num_sequences: that it runs, its choices times its prompts.
+    """
+
+    body: bytes
+    model: str | None
+    num_sequences: int
+
+
+def read_model_request(body: bytes, path: str, tenant: Tenant) -> ModelRequest:
+    """Return a request with the tenant's cap and salt in it, and without what is not its to say.
+
+    A body that is no JSON object is left to vLLM, which refuses it.
+    """
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return ModelRequest(body, None, 1)
+    if not isinstance(content, dict):
+        return ModelRequest(body, None, 1)
+    for key in _NOT_FOR_CLIENTS:
+        content.pop(key, None)
+    if path in GENERATING_ROUTES:
+        _cap_tokens(content, path, tenant.limits.max_tokens)
+        _salt(content, tenant.cache_salt)
+    model = content.get("model")
+    return ModelRequest(
+        # Written anew always: of two values of one key, this is the one that was looked at.
+        json.dumps(content).encode(),
+        model if isinstance(model, str) and model else None,
+        _num_sequences(content),
+    )
+
+
+def _cap_tokens(content: dict[str, Any], path: str, most: int | None) -> None:
+    if most is None:
+        return
+    keys = _MAX_TOKENS[path]
+    given = [key for key in keys if content.get(key) is not None]
+    for key in given or keys[:1]:
+        wanted = content.get(key)
+        # Text and fractions that mean a number would pass vLLM's check too.
+        if not isinstance(wanted, int) or wanted > most:
+            content[key] = most
+
+
+def _salt(content: dict[str, Any], salt: str | None) -> None:
+    """Keep a tenant's prefixes apart in the cache, and those that it wants apart besides."""
+    if salt is not None:
+        own = content.get("cache_salt")
+        content["cache_salt"] = f"{salt}.{own}" if isinstance(own, str) else salt
+
+
+def _num_sequences(content: dict[str, Any]) -> int:
+    choices = content.get("n")
+    prompts = content.get("prompt")
+    is_several = isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list)
+    number = len(prompts) if is_several and isinstance(prompts, list) else 1
+    return number * (choices if isinstance(choices, int) and choices > 0 else 1)
+
+
+def deadline_seconds(headers: Sequence[Header]) -> float | None:
+    """Return the seconds from its arrival in which a request wants to be let in.
+
+    Raises: ValueError: the header says no number from 1 to a day.
+    """
+    values = [value for name, value in headers if name == DEADLINE_HEADER]
+    if not values:
+        return None
+    text = values[0].decode("latin-1")
+    if len(values) == 1 and text.isascii() and text.isdigit() and len(text) <= 8:
+        milliseconds = int(text)
+        if 1 <= milliseconds <= _MAX_DEADLINE_MS:
+            return milliseconds / 1000
+    raise ValueError(
+        f"{DEADLINE_HEADER.decode()}: found {text[:20]!r}, one whole number of milliseconds from 1 "
+        f"to {_MAX_DEADLINE_MS} is expected"
+    )
+
+
+def headers_for_vllm(headers: Sequence[Header], request_id: str) -> list[Header]:
+    """Return a request's headers with our id of it, without what would steer vLLM."""
+    kept = [header for header in headers if header[0].lower() not in _HEADERS_NOT_FOR_CLIENTS]
+    return [*kept, (b"x-request-id", request_id.encode())]

@@ -1,0 +1,31 @@
+"""Reception: what stands behind the front door, each of it made once, at the start."""
+
+from dataclasses import dataclass
+
+from rora_serve.admission import Admission
+from rora_serve.key_file import KeyFile
+from rora_serve.limits import Limiter
+from rora_serve.metrics import Metrics
+from rora_serve.models import ModelDirectory
+
+# Where it is found in the app's state.
+RECEPTION_STATE = "rora_reception"
+
+
+@dataclass(frozen=True)
+class Reception:
+    """What a request goes through before vLLM sees it.
+
+    Args:
+        directory: what `model` may mean.
+        admission: who is let in, and when.
+        limiter: what tenants have used of their limits.
+        metrics: which count requests.
+        keys: of tenants; None lets everybody in.
+    """
+
+    directory: ModelDirectory
+    admission: Admission
+    limiter: Limiter
+    metrics: Metrics
+    keys: KeyFile | None = None

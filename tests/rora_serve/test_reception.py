@@ -1,0 +1,397 @@
+"""Keys, rights, limits, turns and what is not for clients to say, at the front door."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from prometheus_client import CollectorRegistry, generate_latest
+
+from adapters import AdapterStore, ResolvedVersion
+from rora_serve.api.front_door import FrontDoor
+from rora_serve.api.model_request import read_model_request
+from rora_serve.api.reception import RECEPTION_STATE, Reception
+from rora_serve.key_file import KeyFile
+from rora_serve.models import ModelDirectory, ServedBase
+from rora_serve.tenants import EVERYBODY, Limits, Tenant, key_digest, new_key
+from tests.rora_serve.adapter_server import make_reception
+
+OPERATOR, ACME, TIRED = new_key(), new_key(), new_key()
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
+
+
+class Engine:
+    async def load(self, _: int, resolved: ResolvedVersion) -> int:
+        return resolved.version.num_bytes
+
+    async def drop(self, _: int) -> None: ...
+
+
+class Server:
+    """An app behind the front door that tells what reaches it, and can be held up."""
+
+    def __init__(self, store: AdapterStore, keys: KeyFile | None, *, places: int = 8) -> None:
+        base = ServedBase(("base",), "", None)
+        directory = ModelDirectory(base, store, Engine(), capacity=1_000_000)
+        self.reception: Reception = make_reception(directory, keys=keys, max_in_flight=places)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.num_inside = 0
+        app = FastAPI()
+
+        async def see(request: Request) -> dict[str, Any]:
+            self.num_inside += 1
+            await self.gate.wait()
+            return {"body": await request.json(), "headers": dict(request.headers)}
+
+        async def read() -> dict[str, Any]:
+            return {}
+
+        for path in ROUTES:
+            app.add_api_route(path, see, methods=["POST"])
+        for path in ("/health", "/metrics", "/v1/models"):
+            app.add_api_route(path, read, methods=["GET"])
+        app.add_middleware(FrontDoor)
+        setattr(app.state, RECEPTION_STATE, self.reception)
+        self.app = app
+
+    async def ask(
+        self,
+        model: str = "base",
+        *,
+        key: str | None = None,
+        path: str = "/v1/completions",
+        headers: Sequence[tuple[str, str]] = (),
+        **body: Any,
+    ) -> httpx.Response:
+        given = [*headers, *([("authorization", f"Bearer {key}")] if key else [])]
+        transport = httpx.ASGITransport(app=self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post(path, json={"model": model, **body}, headers=given)
+
+    async def get(self, path: str, key: str | None = None) -> int:
+        transport = httpx.ASGITransport(app=self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            return (await client.get(path, headers=headers)).status_code
+
+
+@pytest.fixture
+def store(tmp_path: Path, adapter: Path) -> AdapterStore:
+    store = AdapterStore(tmp_path / "store")
+    for name in ("acme-one", "other"):
+        store.add(adapter, name=name)
+    return store
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> KeyFile:
+    path = tmp_path / "keys.toml"
+
+    def hashed(key: str) -> str:
+        return f'keys = ["sha256:{key_digest(key).hex()}"]'
+
+    path.write_text(
+        f'[tenants.operator]\n{hashed(OPERATOR)}\nuse = ["*"]\nmanage = ["*"]\n'
+        f'[tenants.acme]\n{hashed(ACME)}\nuse = ["acme-*"]\nbase = false\nmax_tokens = 7\n'
+        f"[tenants.tired]\n{hashed(TIRED)}\nrequests_per_minute = 1\n"
+    )
+    path.chmod(0o600)
+    return KeyFile(path, cache_secret=b"secret")
+
+
+def run(what: Any) -> None:
+    asyncio.run(what)
+
+
+@pytest.mark.parametrize("key", [None, "rora-wrong", OPERATOR[:-1], f"{OPERATOR} {ACME}"])
+def test_without_a_known_key_only_health_is_told(
+    store: AdapterStore, keys: KeyFile, key: str | None
+) -> None:
+    async def test() -> None:
+        server = Server(store, keys)
+        for path in ROUTES:
+            answer = await server.ask(key=key, path=path)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert await server.get("/v1/models", key) == 401
+        assert await server.get("/metrics", key) == 401
+        assert await server.get("/health", key) == 200
+        assert server.num_inside == 0
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "status"),
+    [
+        (OPERATOR, "base", 200), (OPERATOR, "acme-one", 200), (OPERATOR, "other", 200),
+        (OPERATOR, "nobody", 404),
+        (ACME, "base", 404), (ACME, "acme-one", 200), (ACME, "acme-one@latest", 200),
+        (ACME, "other", 404), (ACME, "other@latest", 404), (ACME, "acme-two", 404),
+        (ACME, "Acme-one", 404), (ACME, "\u0430cme-one", 404), (ACME, "acme-one/../other", 404),
+        (TIRED, "base", 200), (TIRED, "acme-one", 404), (TIRED, "other", 404),
+    ],
+)  # fmt: skip
+def test_a_tenant_uses_what_it_may_and_the_rest_is_not_there(
+    store: AdapterStore, keys: KeyFile, key: str, model: str, status: int
+) -> None:
+    async def test() -> None:
+        server = Server(store, keys)
+        answer = await server.ask(model, key=key)
+        assert answer.status_code == status
+        if status == 404:
+            message = f"The model {model!r} does not exist."
+            assert answer.json()["error"]["message"] == message
+            assert server.num_inside == 0
+
+    run(test())
+
+
+def test_metrics_of_all_tenants_are_for_operators(store: AdapterStore, keys: KeyFile) -> None:
+    async def test() -> None:
+        server = Server(store, keys)
+        assert await server.get("/metrics", OPERATOR) == 200
+        assert await server.get("/metrics", ACME) == 401
+        assert await Server(store, None).get("/metrics") == 200
+
+    run(test())
+
+
+def test_nothing_that_a_client_claims_makes_it_another_tenant(
+    store: AdapterStore, keys: KeyFile
+) -> None:
+    async def test() -> None:
+        server = Server(store, keys)
+        for headers in (
+            [("x-tenant", "operator")],
+            [("x-rora-tenant", "operator")],
+            [("openai-organization", "operator")],
+            [("x-model", "other")],
+            [("x-vllm-model", "other")],
+        ):
+            assert (await server.ask("other", key=ACME, headers=headers)).status_code == 404
+        twice = [("authorization", f"Bearer {OPERATOR}"), ("authorization", f"Bearer {ACME}")]
+        assert (await server.ask("other", headers=twice)).status_code == 401
+        assert (await server.ask("acme-one", key=ACME, user="operator")).status_code == 200
+
+    run(test())
+
+
+def test_what_steers_vllm_is_taken_out_and_a_tenants_salt_put_in(
+    store: AdapterStore, keys: KeyFile
+) -> None:
+    async def test() -> None:
+        server = Server(store, keys)
+        given: dict[str, Any] = {
+            "priority": -9, "kv_transfer_params": {"a": 1}, "vllm_xargs": {"b": 2},
+            "session_id": "s", "request_id": "r", "cache_salt": "own", "temperature": 0,
+        }  # fmt: skip
+        headers = [("x-vllm-priority", "-9"), ("x-session-id", "s"), ("x-request-id", "mine-1")]
+        found = (await server.ask("acme-one", key=ACME, headers=headers, **given)).json()
+        salt = found["body"].pop("cache_salt")
+        assert found["body"] == {"model": "acme-one", "temperature": 0, "max_tokens": 7}
+        assert salt.endswith(".own")
+        assert len(salt) > 30
+        assert found["headers"]["x-request-id"] == "mine-1"
+        assert not {"x-vllm-priority", "x-session-id"} & set(found["headers"])
+        other = (await server.ask("acme-one", key=OPERATOR, cache_salt="own")).json()["body"]
+        assert other["cache_salt"] != salt
+        plain = await Server(store, None).ask("other", cache_salt="own")
+        assert plain.json()["body"]["cache_salt"] == "own"
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "expected"),
+    [
+        ("/v1/completions", {}, {"max_tokens": 7}),
+        ("/v1/completions", {"max_tokens": 3}, {"max_tokens": 3}),
+        ("/v1/completions", {"max_tokens": 8}, {"max_tokens": 7}),
+        ("/v1/completions", {"max_tokens": "900"}, {"max_tokens": 7}),
+        ("/v1/completions", {"max_tokens": None}, {"max_tokens": 7}),
+        ("/v1/chat/completions", {}, {"max_completion_tokens": 7}),
+        ("/v1/chat/completions", {"max_tokens": 9}, {"max_tokens": 7}),
+        (
+            "/v1/chat/completions",
+            {"max_tokens": 9, "max_completion_tokens": 5},
+            {"max_tokens": 7, "max_completion_tokens": 5},
+        ),
+        ("/v1/responses", {"max_output_tokens": 1e9}, {"max_output_tokens": 7}),
+        ("/tokenize", {}, {}),
+    ],
+)
+def test_tokens_are_capped_at_the_tenants_most(
+    path: str, given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    tenant = Tenant("acme", limits=Limits(max_tokens=7))
+    read = read_model_request(json.dumps(given).encode(), path, tenant)
+    assert json.loads(read.body) == expected
+    assert json.loads(read_model_request(json.dumps(given).encode(), path, EVERYBODY).body) == given
+
+
+@pytest.mark.parametrize(
+    ("body", "number"),
+    [
+        ({}, 1), ({"n": 3}, 3), ({"n": 0}, 1), ({"n": "3"}, 1), ({"prompt": "a"}, 1),
+        ({"prompt": ["a", "b"]}, 2), ({"prompt": ["a", "b"], "n": 4}, 8),
+        ({"prompt": [1, 2, 3]}, 1), ({"prompt": [[1, 2], [3]]}, 2), ({"prompt": []}, 1),
+    ],
+)  # fmt: skip
+def test_a_request_costs_its_sequences(body: dict[str, Any], number: int) -> None:
+    read = read_model_request(json.dumps(body).encode(), "/v1/completions", EVERYBODY)
+    assert read.num_sequences == number
+
+
+def test_of_two_values_of_one_key_vllm_gets_the_one_that_was_looked_at() -> None:
+    body = b'{"model": "mine", "model": "other", "priority": 1, "priority": 2}'
+    read = read_model_request(body, "/v1/completions", EVERYBODY)
+    assert read.model == "other"
+    assert json.loads(read.body) == {"model": "other"}
+
+
+def test_a_tenant_above_its_limit_is_told_when_to_come_again(
+    store: AdapterStore, keys: KeyFile
+) -> None:
+    async def test() -> None:
+        server = Server(store, keys)
+        assert (await server.ask(key=TIRED)).status_code == 200
+        answer = await server.ask(key=TIRED)
+        assert answer.status_code == 429
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+        assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+        assert "requests_per_minute is 1" in answer.json()["error"]["message"]
+        assert (await server.ask(key=OPERATOR)).status_code == 200
+
+    run(test())
+
+
+async def wait_until(condition: Any) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it never came to that")
+
+
+def test_no_more_requests_are_inside_than_the_engine_runs_and_the_rest_wait_or_are_refused(
+    store: AdapterStore,
+) -> None:
+    async def test() -> None:
+        server = Server(store, None, places=2)
+        server.gate.clear()
+        admission = server.reception.admission
+        asked = [asyncio.create_task(server.ask("other")) for _ in range(3)]
+        await wait_until(lambda: admission.num_waiting == 1)
+        asked += [asyncio.create_task(server.ask("base", n=2))]
+        await wait_until(lambda: admission.num_waiting == 2)
+        assert admission.in_flight == 2
+        late = await server.ask(headers=[("x-rora-deadline-ms", "20")])
+        assert late.status_code == 504
+        assert late.json()["error"]["code"] == "deadline_exceeded"
+        more = [asyncio.create_task(server.ask("other")) for _ in range(40)]
+        await wait_until(lambda: any(task.done() for task in more))
+        refused = next(task.result() for task in more if task.done())
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "overloaded"
+        server.gate.set()
+        answers = await asyncio.gather(*asked, *more)
+        assert {answer.status_code for answer in answers} == {200, 429}
+        assert [answer.status_code for answer in answers[:4]] == [200] * 4
+        assert (admission.in_flight, admission.num_waiting) == (0, 0)
+
+    run(test())
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "soon", "99999999999", "\u0661"])
+def test_a_deadline_is_a_number_of_milliseconds(store: AdapterStore, text: str) -> None:
+    async def test() -> None:
+        headers: Any = [("x-rora-deadline-ms", text.encode())]
+        answer = await Server(store, None).ask(headers=headers)
+        assert answer.status_code == 400
+        assert "one whole number of milliseconds" in answer.json()["error"]["message"]
+
+    run(test())
+
+
+def test_a_client_that_hangs_up_while_it_waits_leaves_nothing_behind(store: AdapterStore) -> None:
+    async def test() -> None:
+        server = Server(store, None, places=1)
+        server.gate.clear()
+        admission = server.reception.admission
+        first = asyncio.create_task(server.ask("other"))
+        await wait_until(lambda: server.num_inside == 1)
+        hung_up = asyncio.Event()
+        messages: list[Any] = [{"type": "http.request", "body": b'{"model": "other"}'}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await hung_up.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            raise AssertionError(f"nobody is there for {message}")
+
+        scope: Any = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "headers": [],
+            "app": SimpleNamespace(state=server.app.state),
+        }  # fmt: skip
+
+        async def never(*_: Any) -> None:
+            raise AssertionError("it was never let in")
+
+        second = asyncio.create_task(FrontDoor(never)(scope, receive, send))
+        await wait_until(lambda: admission.num_waiting == 1)
+        hung_up.set()
+        await second
+        assert (admission.in_flight, admission.num_waiting) == (1, 0)
+        server.gate.set()
+        assert (await first).status_code == 200
+        assert admission.in_flight == 0
+
+    run(test())
+
+
+def test_each_request_is_counted_and_says_where_its_adapter_was(
+    store: AdapterStore, keys: KeyFile
+) -> None:
+    async def test() -> None:
+        server = Server(store, keys)
+        tiers = [(await server.ask("other", key=OPERATOR)).headers["x-rora-tier"] for _ in range(2)]
+        assert tiers == ["store", "host"]
+        answer = await server.ask("acme-one", key=ACME, headers=[("x-request-id", "a b")])
+        assert float(answer.headers["x-rora-load-ms"]) >= 0
+        assert answer.headers["x-rora-adapter"] == store.resolve("acme-one").public_id
+        assert len(answer.headers["x-request-id"]) == 32
+        await server.ask("no-such-name", key=ACME)
+        registry = CollectorRegistry()
+        registry.register(server.reception.metrics)
+        page = generate_latest(registry).decode()
+        for line in (
+            'rora_requests_total{adapter="other",status="200"} 2.0',
+            'rora_requests_total{adapter="acme-one",status="200"} 1.0',
+            'rora_requests_total{adapter="none",status="404"} 1.0',
+            'rora_tenant_requests_total{status="404",tenant="acme"} 1.0',
+            'rora_refusals_total{reason="model_not_found"} 1.0',
+            'rora_tier_hits_total{adapter="other",tier="store"} 1.0',
+        ):
+            names = line.partition("{")[0]
+            found = [row for row in page.splitlines() if row.startswith(names)]
+            assert line in page or _same(line, found), (line, found)
+        assert "no-such-name" not in page
+
+    run(test())
+
+
+def _same(line: str, found: Sequence[str]) -> bool:
+    """Labels may come in another order."""
+    return sorted(line) in [sorted(row) for row in found]
