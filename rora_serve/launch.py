@@ -312,6 +312,11 @@ def _parse_vllm_options(own: list[str], given: list[str]) -> argparse.Namespace:
                 f"--{name.replace('_', '-')}: set by rora-serve itself, not after `--`; "
                 "see rora-serve --help"
             )
+    if arguments.logprobs_mode.endswith("logits"):
+        raise ConfigError(
+            f"--logprobs-mode {arguments.logprobs_mode}: log-probs are expected, which probes of "
+            "adapters are compared with; leave it out"
+        )
     try:
         validate_parsed_serve_args(arguments)
     except (TypeError, ValueError) as error:
@@ -332,6 +337,7 @@ async def _serve(
     from vllm.entrypoints.launchers.launcher import serve_http, setup_server  # noqa: PLC0415
 
     from rora_serve.api.plugin import FRONT_DOOR, install  # noqa: PLC0415
+    from rora_serve.engine_probe import make_prober  # noqa: PLC0415
 
     address, sock = setup_server(arguments, reuse_port=False)
     loader = Loader(Path(os.environ[SOCKET_VARIABLE])) if _is_cpu_build() else None
@@ -340,7 +346,8 @@ async def _serve(
             if loader is not None:
                 await _confirm_engine_seam(engine)
             adapters = _Adapters(engine, loader)
-            directory = ModelDirectory(base, store, adapters, capacity=capacity)
+            prober = make_prober(engine, store, fingerprint=base.fingerprint)
+            directory = ModelDirectory(base, store, adapters, capacity=capacity, prober=prober)
             tasks = await engine.get_supported_tasks()
             arguments.middleware = [FRONT_DOOR]
             app = build_app(arguments, tasks, engine.model_config)

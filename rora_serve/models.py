@@ -13,9 +13,16 @@ from typing import Protocol
 
 from adapters import AdapterStore, ResolvedVersion
 from adapters.digest import CHANGED, base_claim, read_chat_template, version_digest
-from adapters.errors import AdapterMismatchError, AdapterNameError, ArtifactError, StoreError
+from adapters.errors import (
+    AdapterMismatchError,
+    AdapterNameError,
+    ArtifactError,
+    QuarantinedError,
+    StoreError,
+)
 from adapters.objects import Lease
 from rora_serve.host_tier import HostTier
+from rora_serve.probing import Prober
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +118,23 @@ class ModelDirectory:
         store: where adapters lie.
         engine: which loads them.
         capacity: bytes that adapters may take in the engine.
+        prober: that each version's probe is checked by; without one, none is.
     """
 
     def __init__(
-        self, base: ServedBase, store: AdapterStore, engine: AdapterEngine, *, capacity: int
+        self,
+        base: ServedBase,
+        store: AdapterStore,
+        engine: AdapterEngine,
+        *,
+        capacity: int,
+        prober: Prober | None = None,
     ) -> None:
         self.base_names = base.names
         self.store = store
         self._base = base
         self._engine = engine
+        self._prober = prober
         self._tier = HostTier(capacity, self._drop)
         self._ids: dict[str, int] = {}
         # Versions that were checked, by digest, each with its lease; it is None where the store can
@@ -134,6 +149,7 @@ class ModelDirectory:
         Raises:
             AdapterNotFoundError: neither a base name nor an adapter.
             AdapterMismatchError: the adapter can not be served by this base model.
+            QuarantinedError: the engine does not answer its probe as it was trained.
         """
         if model in self.base_names:
             return None
@@ -142,17 +158,21 @@ class ModelDirectory:
         weights = resolved.version.weights_digest
         served = ServedAdapter(model, resolved, self._ids.setdefault(weights, len(self._ids) + 1))
         try:
+            await self._refuse_quarantined(resolved)
             await self._admit(resolved)
             await self._tier.lease(
                 weights,
                 resolved.version.num_bytes,
                 lambda: self._engine.load(served.lora_int_id, resolved),
             )
+            await self._prove(served)
         except BaseException as error:
             await self._dismiss_unused(weights)
             if isinstance(error, ArtifactError):
                 reason = _without_place(str(error), resolved.folder)
-                raise AdapterMismatchError(f"{resolved.public_id}: {reason}") from error
+                is_known = isinstance(error, QuarantinedError)
+                kind = QuarantinedError if is_known else AdapterMismatchError
+                raise kind(f"{resolved.public_id}: {reason}") from error
             raise
         return served
 
@@ -167,6 +187,30 @@ class ModelDirectory:
             self._tier.release(weights)
         else:
             asyncio.get_running_loop().call_later(_ABORT_SECONDS, self._tier.release, weights)
+
+    async def _refuse_quarantined(self, resolved: ResolvedVersion) -> None:
+        """Refuse a version that is known to be quarantined, before anything is loaded for it."""
+        reason = None if self._prober is None else await self._prober.quarantine(resolved)
+        if reason is not None:
+            raise QuarantinedError(reason)
+
+    async def _prove(self, served: ServedAdapter) -> None:
+        """See that the engine answers a version's probe; the lease on its weights ends if not."""
+        if self._prober is None:
+            return
+        proof = asyncio.create_task(self._prober.check(served))
+        try:
+            await asyncio.shield(proof)
+        except BaseException:
+
+            def end(done: "asyncio.Task[None]") -> None:
+                if not done.cancelled():
+                    done.exception()  # seen, also if this client hung up
+                self.close(served, was_answered=False)
+
+            # The engine needs the adapter as long as it is asked, which others may wait for.
+            proof.add_done_callback(end)
+            raise
 
     async def _admit(self, resolved: ResolvedVersion) -> None:
         """Check a version once, and keep it from garbage collection while its weights are here.

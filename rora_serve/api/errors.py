@@ -4,7 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adapters.errors import AdapterMismatchError, AdapterNotFoundError, ArtifactError, RoraError
+from adapters.errors import (
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    ArtifactError,
+    QuarantinedError,
+    RoraError,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class ErrorResponse:
 _STATUS: Mapping[type[RoraError], tuple[int, str]] = {
     AdapterNotFoundError: (404, "model_not_found"),
     # Not a 5xx: clients repeat those, and the adapter stays what it is.
+    QuarantinedError: (422, "adapter_quarantined"),
     AdapterMismatchError: (422, "adapter_not_servable"),
     ArtifactError: (422, "adapter_not_servable"),
 }
