@@ -6,6 +6,7 @@ RoraError
 ├── BaseModelError (ValueError)            a base model folder, name or build
 ├── ArtifactError (ValueError)             an adapter folder
 │   └── AdapterMismatchError               the adapter does not fit the base model
+│       └── QuarantinedError               its probe is not answered as it was trained
 ├── AdapterNameError (ValueError)          a name that breaks the grammar or is reserved
 ├── AdapterNotFoundError (LookupError)     a name, alias or digest that the store does not hold
 ├── StoreError (OSError)                   the store's own files
@@ -58,6 +59,10 @@ class ArtifactError(RoraError, ValueError):
 
 class AdapterMismatchError(ArtifactError):
     """An adapter does not fit the base model."""
+
+
+class QuarantinedError(AdapterMismatchError):
+    """The engine does not answer an adapter's probe as it was trained."""
 
 
 class AdapterNameError(RoraError, ValueError):

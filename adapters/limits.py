@@ -28,6 +28,12 @@ MAX_PATTERN_STEPS = 100_000_000
 # its blocks and reaches whoever gets them next.
 MAX_DELTA_BOUND = 1e6
 
+MAX_PROBE_PROMPTS = 16
+MAX_PROBE_PROMPT_TOKENS = 256
+MAX_PROBE_ANSWER_TOKENS = 8
+# Of a log-prob; training gives hundreds at most.
+MAX_PROBE_NATS = 1e6
+
 MAX_ARCHIVE_MEMBERS = 1000
 # Uncompressed bytes for each compressed one. Factors hardly compress; what a bomb repeats does.
 MAX_ARCHIVE_RATIO = 100

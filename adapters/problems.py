@@ -113,6 +113,8 @@ class Code(StrEnum):
     VALUES_NOT_FINITE = "values-not-finite"
     VALUES_TOO_LARGE = "values-too-large"
     DELTA_ZERO = "delta-zero"
+    # rora.json.
+    PROBE_FORM = "probe-form"
     # Against a base model.
     BASE_OTHER = "base-other"
     MODULE_UNMATCHED = "module-unmatched"

@@ -3,6 +3,7 @@
     store/objects/<version digest>/    an adapter folder, never changed
     store/names/<name>.json            its versions, oldest first, its aliases and their history
     store/leases/<digest>.<token>      locked by whoever needs a version, for as long as it does
+    store/probes/<version digest>.json how its probe came out, and whether its quarantine was lifted
     store/incoming/, store/trash/      what is being added and deleted
 
 Every change is written under a temporary name, synced and renamed; changes of one store are made
@@ -12,7 +13,7 @@ one at a time under a file lock, readers need none.
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -37,6 +38,8 @@ from adapters.objects import Incoming, Lease, Objects, delete, digests_of
 from adapters.problems import refusal, shown
 from adapters.removal import check_name_may_go, kept_versions, without_alias, without_version
 from adapters.validation import validate
+from adapters.verdict import ProbeVerdict
+from adapters.verdict_files import Lift, ProbeRecord, VerdictFiles
 from adapters.writer import make_folder, write_error
 
 _LOCK_SECONDS = 60  # changes under the lock take milliseconds
@@ -82,6 +85,7 @@ class AdapterStore:
         self.root = root
         self._objects = Objects(root, self._locked)
         self._names = NameFiles(root)
+        self._verdicts = VerdictFiles(root)
 
     # Reading.
 
@@ -121,6 +125,13 @@ class AdapterStore:
         Raises: AdapterNotFoundError: no such name.
         """
         return self._existing(name).events
+
+    def probe_record(self, digest: str) -> ProbeRecord:
+        """Return how a version's probe came out so far, by engine build.
+
+        Cost: one small read.
+        """
+        return self._verdicts.read(digest)
 
     def lease(self, resolved: ResolvedVersion) -> Lease:
         """Return a lease that keeps a version's folder from garbage collection.
@@ -291,6 +302,32 @@ class AdapterStore:
             else:
                 self._names.write(without_alias(history, wanted, at=_now()))
 
+    def keep_verdict(self, resolved: ResolvedVersion, build: str, verdict: ProbeVerdict) -> None:
+        """Keep how a version's probe came out in an engine build.
+
+        Raises: StoreError: the store can not be written.
+        """
+        digest = resolved.version.digest
+        with self._locked():
+            record = self._verdicts.read(digest).with_verdict(build, verdict)
+            self._verdicts.write(digest, record)
+
+    def lift_quarantine(self, reference: str, *, by: str) -> ResolvedVersion:
+        """Let a version be served whatever its probe says, now and in any engine build.
+
+        Args: by: who decided so, for those who wonder.
+
+        Raises:
+            AdapterNotFoundError: no such name or version.
+            StoreError: the store can not be written.
+        """
+        resolved = self.resolve(reference)
+        digest = resolved.version.digest
+        with self._locked():
+            record = replace(self._verdicts.read(digest), lifted=Lift(_now(), shown(by)))
+            self._verdicts.write(digest, record)
+        return resolved
+
     def collect_garbage(
         self, *, keep_versions: int | None = None, dry_run: bool = False
     ) -> Collected:
@@ -327,6 +364,7 @@ class AdapterStore:
             if not dry_run:
                 trash += map(self._objects.to_trash, garbage)
                 trash += self._objects.left_behind() + self._names.left_behind()
+                trash += self._verdicts.left_behind(self._objects.digests())
         delete(trash)
         return Collected(tuple(garbage), num_bytes, tuple(d for d in unheld if d in leased))
 

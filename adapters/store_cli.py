@@ -1,6 +1,7 @@
 """The command rora-adapters store, and what the other commands share with it."""
 
 import argparse
+import getpass
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import AdapterNameError
 from adapters.names import DEFAULT_MODEL_NAME, LATEST, MIN_DIGEST_PREFIX, NameRecord
 from adapters.store import AdapterStore
+from adapters.verdict_files import ProbeRecord
 
 if TYPE_CHECKING:
     from adapters.receipt import BaseShapes
@@ -35,7 +37,7 @@ def add_store_commands(store: argparse.ArgumentParser) -> None:
 
     listing = add_command(actions, "list", _list, "every name with its latest version")
 
-    show = add_command(actions, "show", _show, "a name's versions, aliases and history")
+    show = add_command(actions, "show", _show, "a name's versions, aliases, probes and history")
     show.add_argument("name", metavar="NAME")
 
     alias = add_command(actions, "alias", _alias, "let an alias mean a version")
@@ -49,6 +51,11 @@ def add_store_commands(store: argparse.ArgumentParser) -> None:
     remove.add_argument("name", metavar="WHAT", help=version)
     remove.add_argument("--force", action="store_true", help="even if it is in use")
 
+    lift = add_command(
+        actions, "lift", _lift, "let a version be served whatever a server said of its probe"
+    )
+    lift.add_argument("version", metavar="VERSION", help=version)
+
     collect = add_command(actions, "gc", _gc, "delete versions that no name holds")
     collect.add_argument(
         "--keep",
@@ -60,7 +67,7 @@ def add_store_commands(store: argparse.ArgumentParser) -> None:
 
     for action in (listing, show, collect):
         action.add_argument("--json", action="store_true", help="print one JSON document")
-    for action in (add, listing, show, alias, rollback, remove, collect):
+    for action in (add, listing, show, alias, rollback, remove, lift, collect):
         action.add_argument(
             "--store", type=Path, default=Path("store"), metavar="DIR", help="default: ./store"
         )
@@ -131,9 +138,11 @@ def _show(arguments: argparse.Namespace) -> int:
 
     store = _store(arguments)
     record, events = store.record(arguments.name), store.history(arguments.name)
+    probes = {version.digest: store.probe_record(version.digest) for version in record.versions}
     if arguments.json:
         history = [asdict(event) for event in events]
-        print_json({**_record_json(record), "history": history})
+        found = {digest: asdict(probe) for digest, probe in probes.items()}
+        print_json({**_record_json(record), "probes": found, "history": history})
         return 0
     rows = []
     for version in reversed(record.versions):
@@ -141,15 +150,48 @@ def _show(arguments: argparse.Namespace) -> int:
         aliases.sort(key=lambda alias: (alias != LATEST, alias))
         ranks, megabytes = f"{version.min_rank}-{version.max_rank}", version.num_bytes / 1e6
         aliased = ", ".join(aliases)
-        rows.append(
-            (_short(version.digest), ranks, f"{megabytes:.1f}", _date(version.added), aliased)
-        )
-    print(table(["version", "ranks", "MB", "added", "aliases"], rows), end="\n\n")
+        size, state = f"{megabytes:.1f}", _probe_state(probes[version.digest])
+        rows.append((_short(version.digest), ranks, size, _date(version.added), state, aliased))
+    print(table(["version", "ranks", "MB", "added", "probe", "aliases"], rows), end="\n\n")
+    lines = [f"{_short(d)}  {line}" for d, probe in probes.items() for line in _probe_lines(probe)]
+    if lines:
+        print("\n".join(lines), end="\n\n")
     moves = [
         (_date(event.at), event.action, event.alias, _short(event.digest) if event.digest else "-")
         for event in reversed(events)
     ]
     print(table(["when", "action", "alias", "version"], moves))
+    return 0
+
+
+def _probe_state(record: ProbeRecord) -> str:
+    """Return how a version's probe came out, in a word, as the last server has it that asked it."""
+    if record.lifted is not None:
+        return "lifted"
+    if record.newest is None:
+        return "-"
+    return "passed" if record.newest.passed else "quarantined"
+
+
+def _probe_lines(record: ProbeRecord) -> list[str]:
+    """Return why a version is or was quarantined, and who lifted that."""
+    lines = [
+        f"{verdict.reason} ({build})"
+        for build, verdict in record.verdicts.items()
+        if not verdict.passed
+    ]
+    if record.lifted is not None:
+        lines.append(f"lifted by {record.lifted.by}, {_date(record.lifted.at)}")
+    return lines
+
+
+def _lift(arguments: argparse.Namespace) -> int:
+    try:
+        by = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        by = f"user {os.getuid()}"
+    lifted = _store(arguments).lift_quarantine(arguments.version, by=by)
+    print(f"{lifted.public_id} is served whatever its probe says")
     return 0
 
 

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.artifact import AdapterArtifact, LoraModule, read_folder
-from adapters.digest import read_provenance
 from adapters.errors import ArtifactError
 from adapters.folder import MAX_FILE_BYTES
 from adapters.limits import MAX_DELTA_BOUND, MAX_LORA_RANK, MIB
 from adapters.patterns import idle_targets
+from adapters.probe import read_probe
 from adapters.problems import Code, Problem, refusal, shown
 from adapters.tensors import NUMPY_DTYPES, Array, TensorFile, open_tensors
 
@@ -55,7 +55,7 @@ def validate(folder: Path) -> Validation:
         return Validation(None, tuple(problems), ())
     notes = _other_files(folder)
     try:
-        read_provenance(folder)
+        read_probe(folder)
     except ArtifactError as error:
         problems += [found for found in error.problems if found not in problems]
     if artifact is not None:

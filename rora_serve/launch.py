@@ -353,6 +353,11 @@ def _parse_vllm_options(own: list[str], given: list[str]) -> argparse.Namespace:
                 f"--{name.replace('_', '-')}: set by rora-serve itself, not after `--`; "
                 "see rora-serve --help"
             )
+    if arguments.logprobs_mode.endswith("logits"):
+        raise ConfigError(
+            f"--logprobs-mode {arguments.logprobs_mode}: log-probs are expected, which probes of "
+            "adapters are compared with; leave it out"
+        )
     try:
         validate_parsed_serve_args(arguments)
     except (TypeError, ValueError) as error:
@@ -437,10 +442,12 @@ def _open_door(
     from rora_serve.api.reception import Reception  # noqa: PLC0415
     from rora_serve.api.routes import make_routes  # noqa: PLC0415
     from rora_serve.api.views import Views  # noqa: PLC0415
+    from rora_serve.engine_probe import make_prober  # noqa: PLC0415
 
     config, base = parts.config, parts.base
     adapters = _Adapters(engine, loader)
-    directory = ModelDirectory(base, parts.store, adapters, capacity=parts.capacity)
+    prober = make_prober(engine, parts.store, fingerprint=base.fingerprint)
+    directory = ModelDirectory(base, parts.store, adapters, capacity=parts.capacity, prober=prober)
     admission = Admission(config.max_num_seqs, queue_per_tenant=config.queue_per_tenant)
     tier = directory.tier
 
@@ -450,9 +457,13 @@ def _open_door(
             host_capacity_bytes=tier.capacity,
             adapters_held=tier.num_held,
             evictions=tier.num_evicted,
+            quarantines=prober.num_quarantined,
             requests_waiting=admission.num_waiting,
             requests_in_flight=admission.in_flight,
         )
+
+    def quarantine(resolved: ResolvedVersion) -> str | None:
+        return parts.store.probe_record(resolved.version.digest).quarantine(prober.build)
 
     metrics = Metrics(base.names[0], read_levels)
     REGISTRY.register(metrics)  # whose content vLLM's /metrics is
@@ -471,7 +482,7 @@ def _open_door(
         directory,
         residents,
         intake,
-        Views(directory, residents, catalog, lambda _: None),
+        Views(directory, residents, catalog, quarantine),
         started=int(time.time()),
         is_alive=lambda: not engine.errored,
         max_upload_bytes=config.max_upload_bytes,

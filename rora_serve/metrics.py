@@ -66,6 +66,7 @@ class Levels:
         host_bytes, host_capacity_bytes: that adapters take in memory, and may take.
         adapters_held: in memory.
         evictions: adapters that made room for others so far.
+        quarantines: versions that failed their probe so far.
         requests_waiting, requests_in_flight: before and after admission.
     """
 
@@ -73,6 +74,7 @@ class Levels:
     host_capacity_bytes: int
     adapters_held: int
     evictions: int
+    quarantines: int
     requests_waiting: int
     requests_in_flight: int
 
@@ -93,7 +95,6 @@ class Metrics:
         self._adapters = _Breakdown(base_name)
         self._tenants = _Breakdown()
         self._refusals: Counter[str] = Counter()
-        self._num_quarantines = 0
 
     def count_request(self, record: RequestRecord) -> None:
         """Count a request that has ended."""
@@ -103,18 +104,12 @@ class Metrics:
             if record.refusal is not None:
                 self._refusals[record.refusal] += 1
 
-    def count_quarantine(self) -> None:
-        """Count a version that was found not to answer as it should."""
-        with self._lock:
-            self._num_quarantines += 1
-
     def collect(self) -> Iterator[Metric]:
         """Return all families; what a registry calls."""
         levels = asdict(self._read_levels())
         with self._lock:
             adapters, tenants = self._adapters.page(), self._tenants.page()
             refusals = self._refusals.copy()
-            quarantines = self._num_quarantines
         yield from _families(adapters, "rora_", "adapter", _HISTOGRAMS | _LOAD)
         yield _keyed(
             "rora_tier_hits",
@@ -125,7 +120,7 @@ class Metrics:
         yield from _families(tenants, "rora_tenant_", "tenant", _HISTOGRAMS)
         yield _keyed("rora_refusals", "Requests refused.", ["reason"], refusals.items())
         yield CounterMetricFamily("rora_evictions", "Adapters that made room.", levels["evictions"])
-        yield CounterMetricFamily("rora_quarantines", "Versions set aside.", quarantines)
+        yield CounterMetricFamily("rora_quarantines", "Versions set aside.", levels["quarantines"])
         for name, text in _LEVELS.items():
             yield GaugeMetricFamily(f"rora_{name}", text, levels[name])
 

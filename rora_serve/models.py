@@ -14,9 +14,16 @@ from typing import Protocol
 
 from adapters import AdapterStore, ResolvedVersion, Version
 from adapters.digest import CHANGED, base_claim, read_chat_template, version_digest
-from adapters.errors import AdapterMismatchError, AdapterNameError, ArtifactError, StoreError
+from adapters.errors import (
+    AdapterMismatchError,
+    AdapterNameError,
+    ArtifactError,
+    QuarantinedError,
+    StoreError,
+)
 from adapters.objects import Lease
 from rora_serve.host_tier import HostTier
+from rora_serve.probing import Prober
 
 logger = logging.getLogger(__name__)
 
@@ -112,17 +119,25 @@ class ModelDirectory:
         store: where adapters lie.
         engine: which loads them.
         capacity: bytes that adapters may take in the engine.
+        prober: that each version's probe is checked by; without one, none is.
 
     tier: what the engine holds.
     """
 
     def __init__(
-        self, base: ServedBase, store: AdapterStore, engine: AdapterEngine, *, capacity: int
+        self,
+        base: ServedBase,
+        store: AdapterStore,
+        engine: AdapterEngine,
+        *,
+        capacity: int,
+        prober: Prober | None = None,
     ) -> None:
         self.base_names = base.names
         self.store = store
         self._base = base
         self._engine = engine
+        self._prober = prober
         self.tier = HostTier(capacity, self._drop)
         self._ids: dict[str, int] = {}
         # Versions that were checked, by digest, each with its lease; it is None where the store can
@@ -139,6 +154,7 @@ class ModelDirectory:
         Raises:
             AdapterNotFoundError: neither a base name nor an adapter.
             AdapterMismatchError: the adapter can not be served by this base model.
+            QuarantinedError: the engine does not answer its probe as it was trained.
         """
         if model in self.base_names:
             return None
@@ -155,18 +171,22 @@ class ModelDirectory:
         served = ServedAdapter(model, resolved, self._ids.setdefault(weights, len(self._ids) + 1))
         self._running[resolved.name, resolved.version.digest] += 1
         try:
+            await self._refuse_quarantined(resolved)
             await self._admit(resolved)
             await self.tier.lease(
                 weights,
                 resolved.version.num_bytes,
                 lambda: self._engine.load(served.lora_int_id, resolved),
             )
+            await self._prove(served)
         except BaseException as error:
             self._end_running(resolved)
             await self._dismiss_unused(weights)
             if isinstance(error, ArtifactError):
                 reason = _without_place(str(error), resolved.folder)
-                raise AdapterMismatchError(f"{resolved.public_id}: {reason}") from error
+                is_known = isinstance(error, QuarantinedError)
+                kind = QuarantinedError if is_known else AdapterMismatchError
+                raise kind(f"{resolved.public_id}: {reason}") from error
             raise
         return served
 
@@ -198,6 +218,32 @@ class ModelDirectory:
     def leases(self) -> list[Lease]:
         """Return the leases on versions whose weights are in memory, under whatever name."""
         return [lease for _, lease in self._admitted.values() if lease is not None]
+
+    async def _refuse_quarantined(self, resolved: ResolvedVersion) -> None:
+        """Refuse a version that is known to be quarantined, before anything is loaded for it."""
+        reason = None if self._prober is None else await self._prober.quarantine(resolved)
+        if reason is not None:
+            raise QuarantinedError(reason)
+
+    async def _prove(self, served: ServedAdapter) -> None:
+        """See that the engine answers a version's probe; the lease on its weights ends if not."""
+        if self._prober is None:
+            return
+        proof = asyncio.create_task(self._prober.check(served))
+        try:
+            await asyncio.shield(proof)
+        except BaseException:
+
+            def end(done: "asyncio.Task[None]") -> None:
+                if not done.cancelled():
+                    done.exception()  # seen, also if this client hung up
+                weights = served.resolved.version.weights_digest
+                loop = asyncio.get_running_loop()
+                loop.call_later(_ABORT_SECONDS, self.tier.release, weights)
+
+            # The engine needs the adapter as long as it is asked, which others may wait for.
+            proof.add_done_callback(end)
+            raise
 
     async def _admit(self, resolved: ResolvedVersion) -> None:
         """Check a version once, and keep it from garbage collection while its weights are here.

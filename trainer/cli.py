@@ -1,4 +1,4 @@
-"""The command rora-train: run, validate, resume, evaluate; its part merge is merge_cli."""
+"""The command rora-train: run, validate, resume, evaluate; merge and probe stand beside it."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from adapters.command import run_command
 from adapters.settings import add_flags, read_settings, with_hyphens
 from trainer.config import TrainConfig
 from trainer.merge_cli import add_merge_command
+from trainer.probe_cli import add_probe_command
 
 if TYPE_CHECKING:
     from trainer.model import BaseModel
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluation.add_argument("--json", action="store_true", help="print one JSON object")
     evaluation.set_defaults(action=_evaluate)
     add_merge_command(commands)
+    add_probe_command(commands)
     arguments = parser.parse_args(with_hyphens(sys.argv[1:] if argv is None else argv))
     return run_command(PROGRAM, lambda: arguments.action(arguments))
 

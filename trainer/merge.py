@@ -1,6 +1,6 @@
 """Base model + adapter -> one ordinary model folder, kept only if it answers as the two do.
 
-Owns the sum of the weights and the check; how far off is too far is merge_tolerance.py's.
+Owns the sum of the weights and the check; how far off is too far is adapters/tolerance.py's.
 """
 
 import json
@@ -23,10 +23,10 @@ from adapters.base_model import base_tensors
 from adapters.digest import read_chat_template
 from adapters.errors import AdapterMismatchError, BaseModelError, ConfigError, TrainingError
 from adapters.folder import CHAT_TEMPLATE_FILE
+from adapters.tolerance import Difference, Dtype, Tolerance, tolerance_for
 from adapters.writer import new_folder, sync_folder
 from trainer.inject import adapters_off, check_base, inject_artifact
 from trainer.lora_linear import LoraLinear
-from trainer.merge_tolerance import Difference, Dtype, Tolerance, tolerance_for
 from trainer.model import load_base
 from trainer.run_folder import check_output
 

@@ -6,10 +6,16 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 from adapters.base_model import cache_folder, find_model, model_name
-from trainer.merge_tolerance import BASE_FACTOR, TOLERANCES, tolerance_table
+from adapters.tolerance import BASE_FACTOR, TOLERANCES, Dtype
 
+_DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+_TABLE = "\n".join(
+    f"  {dtype:9} mean {TOLERANCES[dtype].mean:<8g} largest {TOLERANCES[dtype].largest:g}"
+    for dtype in _DTYPES
+)
 _DESCRIPTION = f"""\
 Write base model + adapter as one ordinary model folder.
 
@@ -17,7 +23,7 @@ W' = W + scaling * B·A is formed in float32 and rounded once. The folder is the
 and its log-probs are compared with those of the unmerged model in float32. It is kept only if they
 are nearer to those than to the base model's, and differ by at most, in nats:
 
-{tolerance_table()}
+{_TABLE}
 
 In 16 bits the mean may also be at most {BASE_FACTOR} times what that dtype does to the base model
 alone, or a tenth of the above if that is more.
@@ -45,7 +51,7 @@ def add_merge_command(
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", *TOLERANCES),
+        choices=("auto", *_DTYPES),
         default="auto",
         help="of the merged weights; default: auto, as the base model's files",
     )

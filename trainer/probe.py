@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapters.errors import DataError
+from adapters.errors import AdapterMismatchError, DataError
+from adapters.limits import MAX_PROBE_ANSWER_TOKENS, MAX_PROBE_PROMPT_TOKENS
+from adapters.probe import Probe
+from adapters.verdict import Found
 from trainer.data import Sample, num_common_tokens, render
 from trainer.inject import adapters_off
 from trainer.lora_linear import LoraLinear
 from trainer.model import BaseModel
 
-NUM_TOP_TOKENS = 8
-MAX_PROMPT_TOKENS = 256
 # Of everyday kinds, and of nobody's data: an adapter may be passed on, its training data not.
 _QUESTIONS = (
     "What is the capital of France?",
@@ -48,7 +49,7 @@ def probe_prompts(base: BaseModel, samples: Sequence[Sample]) -> list[tuple[int,
     differ = any(sample.token_ids != samples[0].token_ids for sample in samples)
     if differ and shared and not any(prompt[:num_shared] == shared for prompt in prompts):
         prompts.append(shared)
-    return [prompt[:MAX_PROMPT_TOKENS] for prompt in prompts]
+    return [prompt[:MAX_PROBE_PROMPT_TOKENS] for prompt in prompts]
 
 
 @torch.no_grad()
@@ -88,9 +89,33 @@ def make_probe(
     return probe, adapter
 
 
+def ask_again(base: BaseModel, layers: Mapping[str, LoraLinear], probe: Probe) -> list[Found]:
+    """Return what base model and adapter answer here: the log-probs of the stored tokens.
+
+    Raises: AdapterMismatchError: a token that the base model does not know.
+    """
+    prompts = [prompt.token_ids for prompt in probe.prompts]
+    wanted = [sorted({*p.base.token_ids, *p.adapter.token_ids}) for p in probe.prompts]
+    embeddings: Any = base.model.get_input_embeddings()
+    num_tokens = embeddings.num_embeddings
+    largest = max(max(*ids, *tokens) for ids, tokens in zip(prompts, wanted, strict=True))
+    if largest >= num_tokens:
+        raise AdapterMismatchError(
+            f"the probe names token {largest}, {base.name} has {num_tokens}; name the base model "
+            "that the adapter was trained on"
+        )
+    adapter = prompt_log_probs(base.model, prompts)
+    with adapters_off(layers):
+        alone = prompt_log_probs(base.model, prompts)
+    return [
+        Found(*(dict(zip(tokens, side[tokens].tolist(), strict=True)) for side in sides))
+        for tokens, *sides in zip(wanted, alone, adapter, strict=True)
+    ]
+
+
 def _top(log_probs: Tensor) -> dict[str, list[Any]]:
     """Return the most likely tokens, the first one first."""
-    top = log_probs.topk(min(NUM_TOP_TOKENS, len(log_probs)))
+    top = log_probs.topk(min(MAX_PROBE_ANSWER_TOKENS, len(log_probs)))
     return {
         "token_ids": top.indices.tolist(),
         "log_probs": [round(value, 6) for value in top.values.tolist()],

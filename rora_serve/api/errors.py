@@ -13,6 +13,7 @@ from adapters.errors import (
     DeadlineError,
     LimitExceededError,
     OverloadedError,
+    QuarantinedError,
     ResidencyError,
     RoraError,
     StoreConflictError,
@@ -68,6 +69,7 @@ _TYPES = {429: "rate_limit_error", 504: "timeout_error"}
 _STATUS: Mapping[type[RoraError], tuple[int, str]] = {
     AdapterNotFoundError: (404, "model_not_found"),
     # Not a 5xx: clients repeat those, and the adapter stays what it is.
+    QuarantinedError: (422, "adapter_quarantined"),
     AdapterMismatchError: (422, "adapter_not_servable"),
     ArtifactError: (422, "adapter_not_servable"),
     LimitExceededError: (429, "rate_limit_exceeded"),
@@ -139,9 +141,10 @@ def adapter_error(error: RoraError) -> ErrorResponse:
             param = "alias" if str(error).startswith("alias") else "name"
             return bad_request(param, str(error))
         case ArtifactError():
+            is_quarantined = isinstance(error, QuarantinedError)
+            code = "adapter_quarantined" if is_quarantined else "adapter_not_servable"
             message = describe(error.problems) if error.problems else str(error)
-            problems = error.problems
-            return ErrorResponse(422, message, "adapter_not_servable", problems=problems)
+            return ErrorResponse(422, message, code, problems=error.problems)
         case StoreConflictError() | ResidencyError():
             return ErrorResponse(409, str(error), "adapter_in_use")
         case StoreFullError():

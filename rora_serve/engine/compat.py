@@ -16,6 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.v1.sample import sampler
 
 from adapters.artifact import Kind
 from adapters.errors import EngineSeamError
@@ -56,6 +57,21 @@ def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], 
         return model
 
     model_runner.load_lora_model = load_lora_model
+
+
+def rank_tokens_uncompiled() -> None:
+    """Let the sampler count the tokens above a sampled one without a compiled kernel.
+
+    vLLM compiles this comparison when the first request asks for log-probs. That takes 2 to 20 s,
+    in which no step is made, and where there is no C++ compiler it ends the engine. The rows of a
+    step are few, so that the copy which the kernel saves is nothing.
+    """
+
+    def count(log_probs: Tensor, values: Tensor) -> Tensor:
+        return (log_probs >= values).sum(-1)
+
+    module: Any = sampler
+    module.batched_count_greater_than = count
 
 
 # Layers whose weight vLLM multiplies into another one, past their own forward (multi-head latent

@@ -8,7 +8,11 @@ import torch
 from vllm.config import CompilationMode
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from rora_serve.engine.compat import check_vllm_version, replace_lora_manager
+from rora_serve.engine.compat import (
+    check_vllm_version,
+    rank_tokens_uncompiled,
+    replace_lora_manager,
+)
 from rora_serve.engine.handover import SOCKET_VARIABLE, receive_slots
 from rora_serve.engine.manager import RaggedLoraManager
 
@@ -19,6 +23,7 @@ class RaggedCpuWorker(CPUWorker):
     def init_device(self) -> None:
         """Set up vLLM's worker, then put our manager where it will make its own."""
         check_vllm_version()
+        rank_tokens_uncompiled()
         super().init_device()  # type: ignore[no-untyped-call]
         self._ragged: RaggedLoraManager | None = None
 

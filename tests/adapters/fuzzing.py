@@ -17,6 +17,7 @@ from adapters.sources import open_source
 from adapters.validation import validate
 from tests.adapters.hostile.build import (
     CONFIG,
+    PROBE,
     WEIGHTS,
     right,
     right_files,
@@ -74,7 +75,8 @@ def make(path: Path, rng: random.Random) -> Path:
     if kind == "config":
         _mutate_json(path / CONFIG, rng)
     elif kind == "provenance":
-        (path / "rora.json").write_text('{"format": 1, "probe": {"a": [1]}, "base_model": {}}')
+        content = {"format": 1, "probe": PROBE, "base_model": {}}
+        (path / "rora.json").write_text(json.dumps(content))
         _mutate_json(path / "rora.json", rng)
     elif kind == "header":
         _mutate_header(path / WEIGHTS, rng)

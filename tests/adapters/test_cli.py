@@ -9,6 +9,8 @@ import pytest
 
 from adapters import AdapterConfig, AdapterStore, open_artifact, write_artifact
 from adapters.cli import main
+from adapters.probe import Answer, Probe, ProbePrompt
+from adapters.verdict import Found, compare
 from tests.adapters.hostile.build import QUERY, change_keys, right, write_zip
 from tests.conftest import LINEAR
 from tests.workloads import make_random_adapter
@@ -209,10 +211,48 @@ def test_the_store_is_kept_from_the_command_line(
     assert AdapterStore(tmp_path / "store").resolve("a").public_id == first[:21]
 
 
+def test_a_quarantine_is_shown_and_lifted_from_the_command_line(
+    tmp_path: Path, ranked: Path, capsys: Capture
+) -> None:
+    store = AdapterStore(tmp_path / "store")
+    first = store.add(ranked, name="a")
+    (ranked / "chat_template.jinja").write_text("changed")
+    second = store.add(ranked, name="a")
+    probe = Probe("float32", is_quantized=False, prompts=(
+        ProbePrompt((1,), Answer((2,), (-1.0,)), Answer((3,), (-1.0,))),
+    ))  # fmt: skip
+    right, wrong = Found({2: -1.0}, {3: -1.0}), Found({2: -1.0}, {3: -2.0})
+    store.keep_verdict(first, "build one", compare(probe, [wrong], "float32"))
+    given = ("--store", store.root)
+
+    def state(version: str) -> str:
+        run("store", "show", "a", *given)
+        row = next(
+            line for line in capsys.readouterr().out.splitlines() if line.startswith(version)
+        )
+        return row.split()[5]
+
+    short = [f"sha256:{one.version.digest[:12]}" for one in (first, second)]
+    assert [state(version) for version in short] == ["quarantined", "-"]
+    store.keep_verdict(second, "build one", compare(probe, [right], "float32"))
+    assert [state(version) for version in short] == ["quarantined", "passed"]
+    run("store", "show", "a", *given)
+    assert "the adapter's log-probs differ by mean 1" in capsys.readouterr().out
+    run("store", "lift", f"a@{short[0]}", *given)
+    assert capsys.readouterr().out.strip() == f"{first.public_id} is served whatever its probe says"
+    assert [state(version) for version in short] == ["lifted", "passed"]
+    run("store", "show", "a", "--json", *given)
+    shown = read_json(capsys)["probes"][first.version.digest]
+    assert shown["lifted"]["by"]
+    assert shown["verdicts"]["build one"]["passed"] is False
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["store", "show", "b"], "adapter 'b': the store holds no such name"),
+        (["store", "lift", "b"], "adapter 'b': the store holds no such name"),
+        (["store", "lift", "a@stable"], "no alias 'stable'"),
         (["store", "rollback", "a"], "alias 'latest' has no earlier version"),
         (["store", "rollback", "a@x"], "no alias 'x'"),
         (["store", "alias", "a", "X"], "alias 'X': 1 to 64 lower-case letters"),

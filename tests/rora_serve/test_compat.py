@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from torch import nn
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -15,6 +16,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+from vllm.v1.sample import sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -58,6 +60,21 @@ def test_our_manager_has_every_method_that_the_runner_calls() -> None:
 def test_handlers_look_adapters_up_in_the_mapping_that_we_replace() -> None:
     for method in (BaseServing._check_model, BaseServing._maybe_get_adapters):
         assert "self.models.lora_requests" in inspect.getsource(method)
+
+
+def test_log_probs_need_no_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own way does; two tokens, of which one is the third likeliest."""
+    compiled = "_torchdynamo_orig_callable"
+    log_probs = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]]).log()
+    module: Any = sampler
+    theirs = module.batched_count_greater_than
+    monkeypatch.setattr(module, "batched_count_greater_than", theirs)  # to be put back
+    compat.rank_tokens_uncompiled()
+    assert hasattr(theirs, compiled)
+    assert not hasattr(module.batched_count_greater_than, compiled)
+    found = sampler.Sampler.gather_logprobs(log_probs, 2, torch.tensor([2, 2]))
+    assert found.logprob_token_ids.tolist() == [[2, 2, 1], [2, 0, 1]]
+    assert found.selected_token_ranks.tolist() == [1, 3]
 
 
 def test_the_platform_sets_a_worker_class() -> None:

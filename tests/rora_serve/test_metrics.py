@@ -23,6 +23,7 @@ LEVELS = Levels(
     host_capacity_bytes=100,
     adapters_held=1,
     evictions=2,
+    quarantines=1,
     requests_waiting=2,
     requests_in_flight=3,
 )
@@ -101,7 +102,6 @@ def test_only_what_was_loaded_counts_as_a_load(metrics: Metrics) -> None:
 
 
 def test_counts_of_the_whole_server_and_levels_stand_there(metrics: Metrics) -> None:
-    metrics.count_quarantine()
     for reason in ("queue_full", "queue_full", "deadline"):
         record = ended("a", status=429)
         record.refusal = reason

@@ -24,10 +24,10 @@ from adapters.errors import (
     TrainingError,
 )
 from adapters.header import read_header
+from adapters.tolerance import TOLERANCES, Difference, Dtype, tolerance_for
 from tests.conftest import LINEAR
 from tests.workloads import TOKENIZER_FILES, make_random_adapter
 from trainer.merge import Merged, merge
-from trainer.merge_tolerance import TOLERANCES, Difference, Dtype, tolerance_for
 
 TEMPLATE = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
 

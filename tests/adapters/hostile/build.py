@@ -73,6 +73,25 @@ def right(folder: Path) -> Path:
     return folder
 
 
+PROBE: Mapping[str, Any] = {
+    "dtype": "float32",
+    "prompts": [
+        {
+            "token_ids": [1, 9690],
+            "base": {"token_ids": [504, 7], "log_probs": [-0.21, -2.5]},
+            "adapter": {"token_ids": [3681, 504], "log_probs": [-0.03, -4.0]},
+        }
+    ],
+}
+
+
+def change_probe(folder: Path, change: Callable[[Any], object]) -> None:
+    """Write a right probe with one change of it into rora.json."""
+    probe = json.loads(json.dumps(PROBE))
+    change(probe)
+    (folder / "rora.json").write_text(json.dumps({"format": 1, "probe": probe}))
+
+
 KEYS: Mapping[str, Any] = {
     "peft_type": "LORA",
     "r": 2,
@@ -267,6 +286,22 @@ def number_above_any(folder: Path) -> None:
 @case("json-syntax")
 def probe_of_nan(folder: Path) -> None:
     (folder / "rora.json").write_text('{"probe": {"log_probs": [NaN]}}')
+
+
+@case("probe-form")
+def probe_of_a_prompt_longer_than_any(folder: Path) -> None:
+    change_probe(folder, lambda probe: probe["prompts"][0].update(token_ids=[1] * 400_000))
+
+
+@case("probe-form")
+def probe_of_a_hundred_thousand_prompts(folder: Path) -> None:
+    probe = dict(PROBE, prompts=[[]] * 100_000)
+    (folder / "rora.json").write_text(json.dumps({"probe": probe}))
+
+
+@case("probe-form")
+def probe_that_is_a_list(folder: Path) -> None:
+    (folder / "rora.json").write_text('{"probe": [1, 2]}')
 
 
 # The header.
