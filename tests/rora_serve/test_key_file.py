@@ -350,6 +350,7 @@ def test_where_no_secret_can_be_kept_each_start_has_its_own(tmp_path: Path) -> N
 
 def test_the_documented_keys_are_those_of_the_file() -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-    rows = re.findall(r"^\| (`.*?`) \|", text[text.index("## Tenants") :], re.M)
+    section = text.partition("## Tenants")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", section, re.M)
     documented = re.findall(r"`(\w+)`", "".join(rows))
     assert documented == list(_TenantSettings.model_fields)

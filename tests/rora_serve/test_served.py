@@ -243,7 +243,8 @@ def test_adapters_are_managed_while_they_are_served(
         )
         assert answer.status_code == 201, answer.text
         first = client.get("/v1/adapters/sent").json()
-        assert first["aliases"]["latest"] == first["versions"][0]["digest"]
+        assert first["aliases"]["latest"] == first["versions"][0]["version"]
+        assert first["versions"][0]["quarantine"] is None
         (found,) = ask_together(server, [("sent", prompts[0])], num_tokens=NUM_TOKENS)
         assert oracle.largest_difference("rora-32", found) <= TOLERANCE
         assert client.put("/v1/adapters/sent/pin").status_code == 200
