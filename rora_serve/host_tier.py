@@ -99,12 +99,7 @@ class HostTier:
         """
         resident = self._residents.get(key)
         if resident is None:
-            left = self.capacity - self._pinned_bytes
-            if num_bytes > left:
-                raise AdapterMismatchError(
-                    f"takes {num_bytes} bytes, adapters that are not pinned have {left}; start the "
-                    "server with a larger --adapter-memory-bytes"
-                )
+            self._check_fits(num_bytes)
             resident = _Resident(num_bytes)
             self._residents[key] = resident
             resident.arrival = asyncio.create_task(self._bring_in(key, resident, load))
@@ -138,6 +133,7 @@ class HostTier:
                 f"{MAX_PINNED_SHARE:.0%} may be pinned; unpin another one"
             )
         resident.pins += 1
+        self._released.set()  # whoever waits for room may not get it any more
 
     def unpin(self, key: str) -> None:
         """Take one pin off an adapter; without any it goes like others."""
@@ -201,8 +197,17 @@ class HostTier:
             self._released.set()
             raise
 
+    def _check_fits(self, num_bytes: int) -> None:
+        left = self.capacity - self._pinned_bytes
+        if num_bytes > left:
+            raise AdapterMismatchError(
+                f"takes {num_bytes} bytes, adapters that are not pinned have {left}; start the "
+                "server with a larger --adapter-memory-bytes"
+            )
+
     async def _make_room(self, num_bytes: int) -> None:
         while self._used + num_bytes > self.capacity:
+            self._check_fits(num_bytes)  # others may have been pinned while it waited
             leaving = []
             left = self._used
             for key, resident in self._residents.items():

@@ -487,7 +487,14 @@ def _open_door(
         is_alive=lambda: not engine.errored,
         max_upload_bytes=config.max_upload_bytes,
     )
-    reception = Reception(directory, admission, Limiter(), metrics, parts.keys)
+    reception = Reception(
+        directory,
+        admission,
+        Limiter(),
+        metrics,
+        max_model_len=engine.model_config.max_model_len,
+        keys=parts.keys,
+    )
     install(app, reception, routes)
 
 

@@ -7,7 +7,8 @@ requests. Knows neither HTTP nor vLLM's classes, so that all of it can be tested
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -210,6 +211,15 @@ class ModelDirectory:
         self._running[held] -= 1
         if not self._running[held]:
             del self._running[held]
+
+    @contextmanager
+    def expecting(self, resolved: ResolvedVersion) -> Iterator[None]:
+        """Count a request as running that will open this version."""
+        self._running[resolved.name, resolved.version.digest] += 1
+        try:
+            yield
+        finally:
+            self._end_running(resolved)
 
     def num_running(self, name: str, versions: Sequence[Version]) -> int:
         """Return how many requests use these versions under this name, or wait for them."""

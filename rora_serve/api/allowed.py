@@ -47,7 +47,7 @@ def kind_of(method: str, path: str) -> Kind:
     own = _own_methods(path)
     if not path.isprintable():
         pass  # the patterns of routers pass over a line break at the end
-    elif method == "OPTIONS" and (path in MODEL_ROUTES or own or _is_read(path)):
+    elif method == "OPTIONS" and (path in MODEL_ROUTES or own or _is_asked_by_browsers(path)):
         kind = Kind.PREFLIGHT
     elif method == "POST" and path in MODEL_ROUTES:
         kind = Kind.MODEL
@@ -57,14 +57,13 @@ def kind_of(method: str, path: str) -> Kind:
         kind = Kind.OPEN
     elif method in _GET and path in OPERATOR_ROUTES:
         kind = Kind.OPERATOR
-    elif method in _GET and _is_read(path):
+    elif method in _GET and _is_asked_by_browsers(path):
         kind = Kind.READING
     return kind
 
 
-def _is_read(path: str) -> bool:
-    known = path in READING_ROUTES or path in OPEN_ROUTES or path in OPERATOR_ROUTES
-    return known or path.startswith(MODEL_ROUTE_PREFIX)
+def _is_asked_by_browsers(path: str) -> bool:
+    return path in READING_ROUTES or path.startswith(MODEL_ROUTE_PREFIX)
 
 
 def _own_methods(path: str) -> frozenset[str]:

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import math
 import time
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, ExitStack
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -101,6 +102,8 @@ class FrontDoor:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             kind = kind_of(scope["method"], scope["path"])
+            if kind is Kind.PREFLIGHT and not _is_preflight(scope["headers"]):
+                kind = Kind.UNKNOWN  # apps that are mounted answer any method
             if kind in (Kind.OPEN, Kind.PREFLIGHT):
                 await self._app(scope, receive, send)
             else:
@@ -121,6 +124,10 @@ class FrontDoor:
             await self._answer(kind, scope, exchange, reception, record)
         except HungUpError:
             pass
+        except Exception:
+            # Whoever is around this answers.
+            record.status = record.status or _SERVER_FAULT
+            raise
         finally:
             current_record.reset(token)
             if exchange.hung_up:
@@ -182,7 +189,9 @@ class FrontDoor:
         body = await exchange.read_body()
         if body is None:
             return
-        request = read_model_request(body, record.path, tenant)
+        request = read_model_request(
+            body, record.path, tenant, max_model_len=reception.max_model_len
+        )
         exchange.replay(request.body)
         record.model = request.model
         visit = _Visit(reception, tenant, record, exchange)
@@ -277,6 +286,10 @@ class _Visit:
             body_bytes=len(request.body),
             deadline=None if within is None else record.arrived_at + within,
         )
+        if resolved is not None:
+            # While it waits it counts as running, so that nobody takes its version away.
+            waiting = stack.enter_context(ExitStack())
+            waiting.enter_context(directory.expecting(resolved))
         await self._exchange.while_connected(stack.enter_async_context(place))
         begun = time.monotonic()
         record.queue_ms = 1000 * (begun - record.arrived_at)
@@ -286,6 +299,7 @@ class _Visit:
         record.tier = directory.tier.tier_of(resolved.version.weights_digest)
         served = await directory.open_version(model or "", resolved)
         stack.callback(self._close, served)
+        waiting.close()
         record.load_ms = 1000 * (time.monotonic() - begun)
         self._exchange.headers += [
             (ADAPTER_HEADER, resolved.public_id.encode()),
@@ -304,4 +318,10 @@ class _Visit:
         limiter.done(self._tenant)
 
 
+def _is_preflight(headers: Sequence[Header]) -> bool:
+    names = {name.lower() for name, _ in headers}
+    return {b"origin", b"access-control-request-method"} <= names
+
+
 _BEARER: Header = (b"www-authenticate", b"Bearer")
+_SERVER_FAULT = 500

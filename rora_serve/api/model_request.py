@@ -23,6 +23,7 @@ _HEADERS_NOT_FOR_CLIENTS = frozenset(
         b"x-request-id",  # the record's takes its place
     }
 )
+_COMPLETION_TOKENS = 16  # of an answer of /v1/completions that says nothing; OpenAI's and vLLM's
 # How many tokens may be generated; the first is what the route takes if nothing is said.
 _MAX_TOKENS = {
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
@@ -46,10 +47,15 @@ class ModelRequest:
     num_sequences: int
 
 
-def read_model_request(body: bytes, path: str, tenant: Tenant) -> ModelRequest:
+def read_model_request(
+    body: bytes, path: str, tenant: Tenant, *, max_model_len: int
+) -> ModelRequest:
     """Return a request with the tenant's cap and salt in it, and without what is not its to say.
 
     A body that is no JSON object is left to vLLM, which refuses it.
+
+    Args: max_model_len: tokens of a prompt and its answer at most; vLLM refuses to be asked for
+        more.
     """
     try:
         content = json.loads(body)
@@ -60,7 +66,15 @@ def read_model_request(body: bytes, path: str, tenant: Tenant) -> ModelRequest:
     for key in _NOT_FOR_CLIENTS:
         content.pop(key, None)
     if path in GENERATING_ROUTES:
-        _cap_tokens(content, path, tenant.limits.max_tokens)
+        # Numbers that vLLM would read out of text or fractions, as it would.
+        for key in ("n", *_MAX_TOKENS[path]):
+            number = _whole(content.get(key))
+            if number is not None:
+                content[key] = number
+        if path == "/v1/responses":
+            # One in the background would go on without its place, its limits and its adapter.
+            content["store"] = False
+        _cap_tokens(content, path, tenant.limits.max_tokens, max_model_len)
         _salt(content, tenant.cache_salt)
     model = content.get("model")
     return ModelRequest(
@@ -71,16 +85,27 @@ def read_model_request(body: bytes, path: str, tenant: Tenant) -> ModelRequest:
     )
 
 
-def _cap_tokens(content: dict[str, Any], path: str, most: int | None) -> None:
+def _whole(value: object) -> int | None:
+    try:
+        if isinstance(value, str) or (isinstance(value, float) and value.is_integer()):
+            return int(value)
+    except ValueError:
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _cap_tokens(content: dict[str, Any], path: str, most: int | None, max_model_len: int) -> None:
     if most is None:
         return
+    most = min(most, max_model_len)
     keys = _MAX_TOKENS[path]
     given = [key for key in keys if content.get(key) is not None]
-    for key in given or keys[:1]:
-        wanted = content.get(key)
-        # Text and fractions that mean a number would pass vLLM's check too.
-        if not isinstance(wanted, int) or wanted > most:
+    for key in given:
+        if isinstance(content[key], int) and content[key] > most:
             content[key] = most
+    if not given:
+        # The rest of the context is what vLLM takes, but for completions.
+        content[keys[0]] = min(most, _COMPLETION_TOKENS) if path == "/v1/completions" else most
 
 
 def _salt(content: dict[str, Any], salt: str | None) -> None:
@@ -91,7 +116,7 @@ def _salt(content: dict[str, Any], salt: str | None) -> None:
 
 
 def _num_sequences(content: dict[str, Any]) -> int:
-    choices = content.get("n")
+    choices = content.get("n")  # a number by now
     prompts = content.get("prompt")
     is_several = isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list)
     number = len(prompts) if is_several and isinstance(prompts, list) else 1

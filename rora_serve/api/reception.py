@@ -21,6 +21,7 @@ class Reception:
         admission: who is let in, and when.
         limiter: what tenants have used of their limits.
         metrics: which count requests.
+        max_model_len: tokens of a prompt and its answer at most.
         keys: of tenants; None lets everybody in.
     """
 
@@ -28,4 +29,5 @@ class Reception:
     admission: Admission
     limiter: Limiter
     metrics: Metrics
+    max_model_len: int
     keys: KeyFile | None = None

@@ -162,7 +162,9 @@ def make_reception(
         return Levels(tier.num_bytes, tier.capacity, tier.num_held, tier.num_evicted, 0, 0, 0)
 
     metrics = Metrics(directory.base_names[0], read_levels)
-    return Reception(directory, Admission(max_in_flight), Limiter(), metrics, keys)
+    return Reception(
+        directory, Admission(max_in_flight), Limiter(), metrics, max_model_len=1024, keys=keys
+    )
 
 
 def run(what: Coroutine[Any, Any, None]) -> None:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from adapters import AdapterStore, ResolvedVersion
 from rora_serve.api.front_door import FrontDoor
-from rora_serve.api.model_request import read_model_request
+from rora_serve.api.model_request import ModelRequest, read_model_request
 from rora_serve.api.reception import RECEPTION_STATE, Reception
 from rora_serve.key_file import KeyFile
 from rora_serve.models import ModelDirectory, ServedBase
@@ -224,7 +224,12 @@ def test_what_steers_vllm_is_taken_out_and_a_tenants_salt_put_in(
             {"max_tokens": 9, "max_completion_tokens": 5},
             {"max_tokens": 7, "max_completion_tokens": 5},
         ),
-        ("/v1/responses", {"max_output_tokens": 1e9}, {"max_output_tokens": 7}),
+        ("/v1/completions", {"max_tokens": "many"}, {"max_tokens": "many"}),
+        (
+            "/v1/responses",
+            {"max_output_tokens": 1e9},
+            {"max_output_tokens": 7, "store": False},
+        ),
         ("/tokenize", {}, {}),
     ],
 )
@@ -232,29 +237,86 @@ def test_tokens_are_capped_at_the_tenants_most(
     path: str, given: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     tenant = Tenant("acme", limits=Limits(max_tokens=7))
-    read = read_model_request(json.dumps(given).encode(), path, tenant)
-    assert json.loads(read.body) == expected
-    assert json.loads(read_model_request(json.dumps(given).encode(), path, EVERYBODY).body) == given
+    assert json.loads(read(given, path, tenant).body) == expected
 
 
 @pytest.mark.parametrize(
     ("body", "number"),
     [
-        ({}, 1), ({"n": 3}, 3), ({"n": 0}, 1), ({"n": "3"}, 1), ({"prompt": "a"}, 1),
+        ({}, 1), ({"n": 3}, 3), ({"n": 0}, 1), ({"n": "3"}, 3), ({"n": 64.0}, 64),
+        ({"n": "x"}, 1), ({"prompt": "a"}, 1),
         ({"prompt": ["a", "b"]}, 2), ({"prompt": ["a", "b"], "n": 4}, 8),
         ({"prompt": [1, 2, 3]}, 1), ({"prompt": [[1, 2], [3]]}, 2), ({"prompt": []}, 1),
     ],
 )  # fmt: skip
 def test_a_request_costs_its_sequences(body: dict[str, Any], number: int) -> None:
-    read = read_model_request(json.dumps(body).encode(), "/v1/completions", EVERYBODY)
-    assert read.num_sequences == number
+    assert read(body, "/v1/completions").num_sequences == number
 
 
 def test_of_two_values_of_one_key_vllm_gets_the_one_that_was_looked_at() -> None:
     body = b'{"model": "mine", "model": "other", "priority": 1, "priority": 2}'
-    read = read_model_request(body, "/v1/completions", EVERYBODY)
-    assert read.model == "other"
-    assert json.loads(read.body) == {"model": "other"}
+    found = read_model_request(body, "/v1/completions", EVERYBODY, max_model_len=1024)
+    assert found.model == "other"
+    assert json.loads(found.body) == {"model": "other"}
+
+
+def test_a_response_ends_with_its_request() -> None:
+    """vLLM refuses one in the background unless it is stored, by whatever it takes for true."""
+    for given in ({}, {"store": True}, {"store": "false", "background": True}):
+        assert json.loads(read(given, "/v1/responses").body)["store"] is False
+    assert "store" not in json.loads(read({}, "/v1/completions").body)
+
+
+def test_a_cap_is_no_more_than_the_model_takes() -> None:
+    tenant = Tenant("acme", limits=Limits(max_tokens=4096))
+    chat = json.loads(read({}, "/v1/chat/completions", tenant).body)
+    assert chat == {"max_completion_tokens": 1024}
+    assert json.loads(read({}, "/v1/completions", tenant).body) == {"max_tokens": 16}
+
+
+def read(given: dict[str, Any], path: str, tenant: Tenant = EVERYBODY) -> ModelRequest:
+    return read_model_request(json.dumps(given).encode(), path, tenant, max_model_len=1024)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_asked"),
+    [
+        ("/v1/completions", True), ("/v1/models", True), ("/v1/adapters", True),
+        ("/metrics", False), ("/health", False), ("/invocations", False),
+    ],
+)  # fmt: skip
+def test_a_browsers_question_opens_nothing_else(
+    store: AdapterStore, keys: KeyFile, path: str, is_asked: bool
+) -> None:
+    async def test() -> None:
+        server = Server(store, keys)
+        question = {"origin": "http://page", "access-control-request-method": "POST"}
+        for headers in ({}, {"origin": "http://page"}, question):
+            transport = httpx.ASGITransport(app=server.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                answer = await client.options(path, headers=headers)
+            reached_the_app = "detail" in answer.json()
+            assert reached_the_app is (is_asked and headers == question)
+
+    run(test())
+
+
+def test_a_version_that_is_waited_for_counts_as_running(store: AdapterStore) -> None:
+    async def test() -> None:
+        server = Server(store, None, places=1)
+        server.gate.clear()
+        directory = server.reception.directory
+        first = asyncio.create_task(server.ask("acme-one"))
+        await wait_until(lambda: server.num_inside == 1)
+        second = asyncio.create_task(server.ask("other"))
+        await wait_until(lambda: server.reception.admission.num_waiting == 1)
+        versions = store.record("other").versions
+        assert directory.num_running("other", versions) == 1
+        server.gate.set()
+        await asyncio.gather(first, second)
+        assert directory.num_running("other", versions) == 0
+
+    run(test())
 
 
 def test_a_tenant_above_its_limit_is_told_when_to_come_again(
