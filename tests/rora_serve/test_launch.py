@@ -127,3 +127,13 @@ def test_a_rank_that_vllm_does_not_take_is_refused_at_the_start(
     monkeypatch.setattr(launch, "MAX_LORA_RANK", 16)
     with pytest.raises(ConfigError, match="an adapter has rank 20, 16 is served at most"):
         launch._padded_slots(ServeConfig(store=store.root), store)
+
+
+def test_logits_in_the_place_of_log_probs_are_refused(tiny_model: Path) -> None:
+    """No probe could be compared with them; log-probs in another way can."""
+    own = ["--model", str(tiny_model)]
+    parsed = launch._parse_vllm_options(own, ["--logprobs-mode", "processed_logprobs"])
+    assert parsed.logprobs_mode == "processed_logprobs"
+    for mode in ("raw_logits", "processed_logits"):
+        with pytest.raises(ConfigError, match=f"--logprobs-mode {mode}: log-probs are expected"):
+            launch._parse_vllm_options(own, ["--logprobs-mode", mode])
