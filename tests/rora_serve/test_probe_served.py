@@ -70,16 +70,16 @@ def test_a_trained_adapter_passes_its_probe(
     client: openai.OpenAI, store: AdapterStore, adapters: dict[str, Path]
 ) -> None:
     ask(client, "allocated")
-    ((build, verdict),) = store.probe_record(
-        store.resolve("allocated").version.digest
-    ).verdicts.items()
-    print("differences of a probe:", build, verdict.base, verdict.adapter)
-    assert verdict.passed
-    assert verdict.tolerance == TOLERANCES["float32"]
-    assert "cpu, float32" in build
+    verdicts = store.probe_record(store.resolve("allocated").version.digest).verdicts
+    assert verdicts
+    for build, verdict in verdicts.items():  # a compiled server may have asked it too
+        print("differences of a probe:", build, verdict.base, verdict.adapter)
+        assert verdict.passed
+        assert verdict.tolerance == TOLERANCES["float32"]
+        assert "cpu, float32" in build
+        assert all(len(one.adapter) == 8 for one in verdict.seen)
     probe = read_probe(adapters["allocated"])
     assert probe is not None
-    assert all(len(one.adapter) == 8 for one in verdict.seen)
     # The control: it would not pass as the base model, by far.
     (first, *_) = probe.prompts
     base = dict(zip(first.base.token_ids, first.base.log_probs, strict=True))
@@ -87,7 +87,7 @@ def test_a_trained_adapter_passes_its_probe(
         abs(value - base.get(token, min(base.values())))
         for token, value in zip(first.adapter.token_ids, first.adapter.log_probs, strict=True)
     ]
-    assert max(effects) > 100 * verdict.tolerance.largest
+    assert max(effects) > 100 * TOLERANCES["float32"].largest
 
 
 def test_an_adapter_without_a_probe_is_served(client: openai.OpenAI, store: AdapterStore) -> None:
