@@ -112,7 +112,9 @@ def test_samples_are_packed_only_where_each_computes_what_it_does_alone(
     default_model: Path, family: str
 ) -> None:
     make_config, why_padded, plain_head = FAMILIES[family]
-    base = random_base(make_config(), default_model)
+    # A state that goes through every token adds roundings up, on some processors beyond the bound.
+    dtype = torch.float64 if family == "mamba" else torch.float32
+    base = random_base(make_config(), default_model, dtype)
     own_attention = base.model.config._attn_implementation
     loss, reason = find_model_loss(base, longest=max(map(len, LIKE)), packing=True)
     assert (loss.packs, loss.plain_head) == (why_padded is None, plain_head), reason
