@@ -1,12 +1,15 @@
 """The private names of vLLM that we touch are where engine/compat.py expects them."""
 
 import inspect
+import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -27,6 +30,8 @@ from adapters.errors import EngineSeamError
 from rora_serve.engine import compat
 from rora_serve.engine.manager import RaggedLoraManager
 from rora_serve.engine.platform_plugin import SEAM_FLAG, platform_plugin
+
+_NUM_MESSAGES = 300
 
 
 def test_the_installed_vllm_is_a_tested_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,12 +101,43 @@ def test_readers_of_messages_are_made_with_the_default_that_we_change() -> None:
     assert "busy_loop_s" not in inspect.getsource(MessageQueue)
     source = inspect.getsource(SpinCondition.wait)
     assert "if current_time <= self.last_read + self.busy_loop_s:" in source
-    before = SpinCondition.__init__.__defaults__
-    try:
-        compat.sleep_between_messages()
-        assert inspect.signature(SpinCondition.__init__).parameters["busy_loop_s"].default == 0
-    finally:
-        SpinCondition.__init__.__defaults__ = before
+    assert "self._spin_condition.wait(timeout_ms=" in inspect.getsource(MessageQueue.acquire_read)
+
+
+@pytest.fixture
+def asleep() -> Iterator[None]:
+    before = SpinCondition.__init__.__defaults__, SpinCondition.wait
+    compat.sleep_between_messages()
+    yield
+    SpinCondition.__init__.__defaults__, SpinCondition.wait = before
+
+
+@pytest.mark.usefixtures("asleep")
+def test_messages_in_quick_succession_wake_a_reader_that_sleeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whose notices are lost; without looking again this would take an hour for each of them."""
+    assert inspect.signature(SpinCondition.__init__).parameters["busy_loop_s"].default == 0
+    monkeypatch.setattr(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", 3_600_000)
+    writer = MessageQueue(n_reader=1, n_local_reader=1)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    ready = threading.Thread(target=reader.wait_until_ready)
+    ready.start()
+    writer.wait_until_ready()
+    ready.join()
+    answered = threading.Semaphore(0)
+
+    def read() -> None:
+        for number in range(_NUM_MESSAGES):
+            assert reader.dequeue(indefinite=True) == number
+            answered.release()
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    for number in range(_NUM_MESSAGES):
+        writer.enqueue(number)
+        assert answered.acquire(timeout=60), f"message {number} was slept over"
+    reading.join()
 
 
 def test_plugins_are_loaded_before_a_process_listens() -> None:
