@@ -119,5 +119,13 @@ class OverloadedError(RoraError, RuntimeError):
     retry_after_seconds: int = 1
 
 
+class StoppingError(RoraError, RuntimeError):
+    """The server stops and takes no more requests."""
+
+
+class EngineDiedError(RoraError, RuntimeError):
+    """The engine died, so that nothing can be answered any more."""
+
+
 class DeadlineError(RoraError, TimeoutError):
     """A request's deadline came before its turn."""

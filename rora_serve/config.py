@@ -31,6 +31,9 @@ class ServeConfig(BaseModel):
     import_from: tuple[Path, ...] = Field(
         (), description="folder below which adapters may be imported by path; may be repeated"
     )
+    drain_seconds: float = Field(
+        20.0, ge=0, description="that requests which run at a SIGTERM may still take"
+    )
     compile: CliImplicitFlag[bool] = Field(
         default=False,
         description="compile the model on CPUs: faster steps, minutes at the first start",

@@ -30,6 +30,7 @@ from rora_serve.engine.handover import SOCKET_VARIABLE
 from rora_serve.engine.platform_plugin import SEAM_FLAG, SLEEP_FLAG
 from rora_serve.intake import Intake
 from rora_serve.key_file import KeyFile, kept_secret
+from rora_serve.lifetime import Lifetime
 from rora_serve.limits import Limiter
 from rora_serve.loader import Loader
 from rora_serve.metrics import Levels, Metrics
@@ -57,6 +58,7 @@ _FREE_OPTIONS = ("--dtype", "--kv-cache-memory-bytes", "--served-model-name")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _GPU_FACTOR_BYTES = 2  # of one number in vLLM's slots, in the dtypes that GPUs serve in
 _MAX_KV_CACHE_BYTES = 2 * 1024**3
+_DEATH_SECONDS = 7.0  # from the engine's death; vLLM ends its server after 5
 _FEW_CORES = 2  # of which none is kept free
 _SHARED_MEMORY_BYTES = 400 * 1024**2
 _BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -135,14 +137,22 @@ def _open_keys(config: ServeConfig) -> KeyFile | None:
 
 
 def _end_start(*_: object) -> NoReturn:
-    """End at once, engine processes included, on a SIGTERM that comes while the server starts.
+    """End at once on a SIGTERM that comes while the server starts: nothing is served yet."""
+    _end_at_once(128 + signal.SIGTERM)
 
-    Nothing is served yet. An exception would do, were it not lost in callbacks of the event loop.
-    """
+
+def _end_after_death() -> NoReturn:
+    """End a server whose engine died and whose own way out takes too long."""
+    print("rora-serve: the engine died; its log above says why", file=sys.stderr, flush=True)
+    _end_at_once(1)
+
+
+def _end_at_once(exit_code: int) -> NoReturn:
+    """End all processes. An exception would do, were it not lost in callbacks of the event loop."""
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             child.kill()
-    os._exit(128 + signal.SIGTERM)
+    os._exit(exit_code)
 
 
 def _check_shared_memory() -> None:
@@ -393,13 +403,20 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
             arguments.middleware = [FRONT_DOOR]
             app = build_app(arguments, tasks, engine.model_config)
             await init_app_state(engine, app.state, arguments, tasks)
-            _open_door(app, engine, loader, process, parts)
+            stopped = threading.Event()  # after which an engine that is gone did not die
+            lifetime = Lifetime(lambda: stopped.is_set() or not engine.errored)
+            _note_shutdown(engine, lifetime, stopped)
+            _open_door(app, engine, loader, process, parts, lifetime)
             print(
                 f"rora-serve: {parts.base.names[0]} and {len(parts.store.names())} adapters of "
                 f"{parts.store.root} at {address}",
                 file=sys.stderr,
             )
-            stopped = _note_shutdown(engine)
+            lifetime.watch(_end_after_death, within=_DEATH_SECONDS)
+            # vLLM's handlers of signals, which this one takes the place of, come when it begins to
+            # serve.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(lifetime.drain_on_sigterm, parts.config.drain_seconds)
             # The arguments that vLLM's own server passes, so that its options after `--` hold here.
             shutdown = await serve_http(
                 app,
@@ -434,6 +451,7 @@ def _open_door(
     loader: Loader | None,
     process: SideProcess,
     parts: _Parts,
+    lifetime: Lifetime,
 ) -> None:
     """Put everything that requests go through into vLLM's app."""
     from prometheus_client import REGISTRY  # noqa: PLC0415  (comes with vLLM)
@@ -484,7 +502,7 @@ def _open_door(
         intake,
         Views(directory, residents, catalog, quarantine),
         started=int(time.time()),
-        is_alive=lambda: not engine.errored,
+        is_ready=lambda: lifetime.is_ready,
         max_upload_bytes=config.max_upload_bytes,
     )
     reception = Reception(
@@ -492,26 +510,27 @@ def _open_door(
         admission,
         Limiter(),
         metrics,
+        lifetime,
         max_model_len=engine.model_config.max_model_len,
         keys=parts.keys,
     )
     install(app, reception, routes)
 
 
-def _note_shutdown(engine: "EngineClient") -> threading.Event:
-    """Return an event that is set when vLLM's signal handler stops the engine.
+def _note_shutdown(engine: "EngineClient", lifetime: Lifetime, stopped: threading.Event) -> None:
+    """Set `stopped` when vLLM stops the engine, and end the requests that still run.
 
     An engine that was stopped and one that died both count as errored.
     """
-    stopped = threading.Event()  # vLLM calls shutdown in a thread
+    loop = asyncio.get_running_loop()
     shutdown = engine.shutdown
 
     def noted_shutdown(timeout: float | None = None) -> None:
         stopped.set()
+        loop.call_soon_threadsafe(lifetime.give_up)  # vLLM calls this in a thread
         shutdown(timeout=timeout)
 
     engine.shutdown = noted_shutdown  # type: ignore[method-assign]
-    return stopped
 
 
 class _Adapters:

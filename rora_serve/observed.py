@@ -28,6 +28,7 @@ def observe(engine: "EngineClient", clock: Callable[[], float] = time.monotonic)
     Cost: a look at each output; calls outside of requests are left alone.
     """
     generate: Callable[..., Outputs] = engine.generate
+    pace = _Pace()
 
     def observed_generate(
         prompt: Any, sampling_params: "SamplingParams", request_id: str, **options: Any
@@ -37,7 +38,7 @@ def observe(engine: "EngineClient", clock: Callable[[], float] = time.monotonic)
         record = current_record.get()
         if record is None:
             return outputs
-        return _observed(outputs, _Call(record, sampling_params.output_kind, clock))
+        return _observed(outputs, _Call(record, prompt, sampling_params, pace, clock))
 
     engine.generate = observed_generate  # type: ignore[method-assign]
 
@@ -59,16 +60,39 @@ async def _observed(outputs: Outputs, call: "_Call") -> Outputs:
         await outputs.aclose()
 
 
+class _Pace:
+    """How many tokens the calls that came to their end generated in a second, of late."""
+
+    _WEIGHT = 0.1  # of the newest call
+
+    def __init__(self) -> None:
+        self.tokens_per_second = 0.0
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        """Take in one sequence of tokens, and how long its call took."""
+        if seconds > 0:
+            found = num_tokens / seconds
+            self.tokens_per_second += self._WEIGHT * (found - self.tokens_per_second)
+
+
 class _Call:
     """One call of `generate`, and what it came to so far."""
 
     def __init__(
-        self, record: RequestRecord, kind: RequestOutputKind, clock: Callable[[], float]
+        self,
+        record: RequestRecord,
+        prompt: Any,
+        params: "SamplingParams",
+        pace: _Pace,
+        clock: Callable[[], float],
     ) -> None:
         self.clock = clock
         self.began_at = 0.0
         self._record = record
-        self._kind = kind
+        self._prompt = prompt
+        self._params = params
+        self._kind = params.output_kind
+        self._pace = pace
         self._choices: dict[int, Choice] = {}
         self._is_begun = self._is_whole = False
 
@@ -95,6 +119,7 @@ class _Call:
                     choice.first_at = now
             if part.finish_reason is not None:
                 record.finish = part.finish_reason
+                self._pace.note(choice.num_tokens, now - self.began_at)
         if self._kind is RequestOutputKind.FINAL_ONLY:
             self._note_times(output)
         self._is_whole = output.finished
@@ -114,3 +139,20 @@ class _Call:
         """Note why the call ended, unless it had come to its end already."""
         if not self._is_whole:
             self._record.finish = finish
+            self._record.unseen_tokens += self._num_unseen()
+
+    def _num_unseen(self) -> int:
+        """Estimate the tokens that the engine took and told nothing of.
+
+        Of an answer that comes at once it tells nothing before the end of a choice.
+        """
+        is_text = isinstance(self._prompt, str)
+        token_ids = () if is_text else (self._prompt.get("prompt_token_ids") or ())
+        num_tokens = 0 if self._is_begun else len(token_ids)
+        if self._kind is RequestOutputKind.FINAL_ONLY:
+            likely = round(self._pace.tokens_per_second * (self.clock() - self.began_at))
+            each = (
+                likely if self._params.max_tokens is None else min(likely, self._params.max_tokens)
+            )
+            num_tokens += each * max((self._params.n or 1) - len(self._choices), 0)
+        return num_tokens

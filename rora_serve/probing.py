@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 # log-probs over the whole vocabulary; of the adapter, or of the base model if there is none.
 NextLogProbs = Callable[[Sequence[int], "ServedAdapter | None"], Awaitable[LogProbs]]
 
+# Probes that are asked at once: uploads bring as many as they like past the line for the engine.
+_MAX_ASKED = 2
 _MAX_BASE_ANSWERS = 256  # a few KB each; most adapters' probes ask the same
 
 
@@ -65,6 +67,7 @@ class Prober:
         self._unkept: dict[str, ProbeVerdict] = {}
         self._checks: dict[str, asyncio.Task[None]] = {}
         self._base_answers: OrderedDict[tuple[int, ...], LogProbs] = OrderedDict()
+        self._asking = asyncio.Semaphore(_MAX_ASKED)
         self._asking_base = asyncio.Lock()
 
     async def quarantine(self, resolved: ResolvedVersion) -> str | None:
@@ -116,7 +119,9 @@ class Prober:
         probe = await asyncio.to_thread(read_probe, served.resolved.folder)
         if probe is None:
             return None
-        verdict = compare(probe, await self._found(probe, served), self._form)
+        async with self._asking:
+            found = await self._found(probe, served)
+        verdict = compare(probe, found, self._form)
         await self._keep(served.resolved, verdict)
         return verdict
 

@@ -68,6 +68,8 @@ class RequestRecord:
             abort for a client that hung up, error.
         prompt_tokens, cached_tokens: read, and those of them that vLLM's prefix cache had.
         choices: what was generated.
+        unseen_tokens: an estimate of what an answer took whose client hung up before vLLM told
+            anything of it: charged, and counted nowhere else.
     """
 
     request_id: str
@@ -87,6 +89,12 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     choices: list[Choice] = field(default_factory=list)
+    unseen_tokens: int = 0
+
+    @property
+    def charged_tokens(self) -> int:
+        """Tokens that a tenant's limit is charged with."""
+        return self.prompt_tokens + self.generated_tokens + self.unseen_tokens
 
     @property
     def generated_tokens(self) -> int:

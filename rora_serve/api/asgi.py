@@ -15,7 +15,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Header = tuple[bytes, bytes]
 Result = TypeVar("Result")
 
+# Of an answer after which the client does better to ask another server.
+CLOSING: Sequence[Header] = ((b"retry-after", b"1"), (b"connection", b"close"))
 MAX_BODY_BYTES = 32 * 1024 * 1024
+_SERVER_FAULT = 500  # the first status of those
 _DISCONNECT: Message = {"type": "http.disconnect"}
 
 
@@ -40,6 +43,9 @@ class Exchange:
         self._body: bytes | None = None
         self._is_whole = False
         self._hung_up = False
+        self._is_replaced = False
+        # Asked when the app answers with a fault of the server: what is answered instead, if it is.
+        self.instead_of_fault: Callable[[], ErrorResponse | None] = lambda: None
         self.headers: list[Header] = [(REQUEST_ID_HEADER, record.request_id.encode())]
 
     @property
@@ -73,6 +79,15 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         """Send a message of the answer."""
+        if self._is_replaced:
+            return
+        if message["type"] == "http.response.start" and message["status"] >= _SERVER_FAULT:
+            instead = self.instead_of_fault()
+            if instead is not None:
+                self.instead_of_fault = lambda: None
+                await self.respond(instead, CLOSING)
+                self._is_replaced = True
+                return
         if message["type"] == "http.response.start":
             self._record.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), *self.headers]}

@@ -11,11 +11,13 @@ from adapters.errors import (
     AdapterNotFoundError,
     ArtifactError,
     DeadlineError,
+    EngineDiedError,
     LimitExceededError,
     OverloadedError,
     QuarantinedError,
     ResidencyError,
     RoraError,
+    StoppingError,
     StoreConflictError,
     StoreFullError,
 )
@@ -65,7 +67,7 @@ class Refusal(Exception):  # noqa: N818  (it is an answer)
 
 
 _BAD_REQUEST = "invalid_request_error"
-_TYPES = {429: "rate_limit_error", 504: "timeout_error"}
+_TYPES = {429: "rate_limit_error", 503: "server_error", 504: "timeout_error"}
 _STATUS: Mapping[type[RoraError], tuple[int, str]] = {
     AdapterNotFoundError: (404, "model_not_found"),
     # Not a 5xx: clients repeat those, and the adapter stays what it is.
@@ -75,10 +77,12 @@ _STATUS: Mapping[type[RoraError], tuple[int, str]] = {
     LimitExceededError: (429, "rate_limit_exceeded"),
     OverloadedError: (429, "overloaded"),
     DeadlineError: (504, "deadline_exceeded"),
+    StoppingError: (503, "stopping"),
+    EngineDiedError: (503, "engine_died"),
 }
 
 
-def to_response(error: RoraError, model: str) -> ErrorResponse:
+def to_response(error: RoraError, model: str = "") -> ErrorResponse:
     """Return what a client is told about an error while its `model` was opened."""
     for kind, (status, code) in _STATUS.items():
         if isinstance(error, kind):

@@ -13,17 +13,21 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
 from contextvars import ContextVar
+from functools import partial
 from typing import Protocol
 
 from adapters.errors import (
     AdapterNotFoundError,
     AuthenticationError,
+    EngineDiedError,
     LimitExceededError,
     OverloadedError,
     RoraError,
+    StoppingError,
 )
 from rora_serve.api.allowed import Kind, kind_of
 from rora_serve.api.asgi import (
+    CLOSING,
     App,
     Exchange,
     Header,
@@ -47,6 +51,7 @@ from rora_serve.api.model_request import (
     read_model_request,
 )
 from rora_serve.api.reception import RECEPTION_STATE, Reception
+from rora_serve.lifetime import DIED, Lifetime
 from rora_serve.models import ServedAdapter
 from rora_serve.request_log import RequestRecord, current_record, log_request, request_id
 from rora_serve.tenants import EVERYBODY, Tenant, presented_key
@@ -160,23 +165,43 @@ class FrontDoor:
         record.tenant = tenant.name
         token = None if reception.keys is None else current_tenant.set(tenant)
         try:
-            if kind is Kind.MODEL:
-                await self._serve_model(scope, exchange, reception, tenant, record)
-            elif kind is Kind.OWN:
-                await self._serve_own(scope, exchange)
-            else:  # an upload is counted while it is written to disk
+            if kind is Kind.READING or kind is Kind.OPERATOR or scope["method"] in _READING:
                 await self._app(scope, exchange.receive, exchange.send)
+            else:
+                with reception.lifetime.visit():
+                    await self._change(kind, scope, exchange, reception, tenant, record)
+        except (StoppingError, EngineDiedError, LimitExceededError) as error:
+            refusal = _refusal(error)
+            await exchange.respond(refusal.response, refusal.headers)
         finally:
             if token is not None:
                 current_tenant.reset(token)
 
-    async def _serve_own(self, scope: Scope, exchange: Exchange) -> None:
-        if scope["method"] != "GET":  # what is read of a body ends up in memory
-            body = await exchange.read_body()
-            if body is None:
-                return
+    async def _change(
+        self,
+        kind: Kind,
+        scope: Scope,
+        exchange: Exchange,
+        reception: Reception,
+        tenant: Tenant,
+        record: RequestRecord,
+    ) -> None:
+        """Serve a request that asks more of the server than to tell what it knows."""
+        exchange.instead_of_fault = partial(_answer_of_the_dead, reception.lifetime)
+        if kind is Kind.MODEL:
+            await self._serve_model(scope, exchange, reception, tenant, record)
+            return
+        if kind is Kind.UPLOAD:  # whose bytes are counted while they are written to disk
+            reception.limiter.admit(tenant, time.monotonic())
+            try:
+                await self._app(scope, exchange.receive, exchange.send)
+            finally:
+                reception.limiter.done(tenant)
+            return
+        body = await exchange.read_body()
+        if body is not None:
             exchange.replay(body)
-        await self._app(scope, exchange.receive, exchange.send)
+            await self._app(scope, exchange.receive, exchange.send)
 
     async def _serve_model(
         self,
@@ -197,7 +222,7 @@ class FrontDoor:
         visit = _Visit(reception, tenant, record, exchange)
         try:
             async with AsyncExitStack() as stack:
-                adapter = await visit.enter(stack, request, scope)
+                adapter = await reception.lifetime.while_alive(visit.enter(stack, request, scope))
                 token = current_adapter.set(adapter)
                 try:
                     await self._app(scope, exchange.receive, exchange.send)
@@ -210,10 +235,21 @@ class FrontDoor:
 class _RefusedError(Exception):
     """A request gets one of our own answers."""
 
-    def __init__(self, response: ErrorResponse, headers: tuple[Header, ...] = ()) -> None:
+    def __init__(self, response: ErrorResponse, headers: Sequence[Header] = ()) -> None:
         super().__init__(response.message)
         self.response = response
         self.headers = headers
+
+
+def _refusal(error: RoraError, model: str = "") -> _RefusedError:
+    """Return the answer to a request that this error ends; some say when to come again."""
+    headers: Sequence[Header] = ()
+    if isinstance(error, LimitExceededError | OverloadedError):
+        seconds = max(1, math.ceil(error.retry_after_seconds))
+        headers = ((b"retry-after", str(seconds).encode()),)
+    elif isinstance(error, StoppingError | EngineDiedError):
+        headers = CLOSING
+    return _RefusedError(to_response(error, model), headers)
 
 
 class _Visit:
@@ -240,15 +276,9 @@ class _Visit:
             return await self._enter(stack, request, scope)
         except (HungUpError, _RefusedError):
             raise
-        except (LimitExceededError, OverloadedError) as error:
-            seconds = max(1, math.ceil(error.retry_after_seconds))
-            logger.info("%s %s: %s", record.method, record.path, error)
-            raise _RefusedError(
-                to_response(error, model or ""), ((b"retry-after", str(seconds).encode()),)
-            ) from error
         except RoraError as error:
             logger.info("%s %s: %s", record.method, record.path, error)
-            raise _RefusedError(to_response(error, model or "")) from error
+            raise _refusal(error, model or "") from error
         except Exception as error:
             logger.exception("%s %s: opening %.100r", record.method, record.path, model)
             raise _RefusedError(internal_error()) from error
@@ -312,9 +342,8 @@ class _Visit:
         self._reception.directory.close(served, was_answered=self._exchange.is_answered)
 
     def _end_limits(self) -> None:
-        count = self._record.prompt_tokens + self._record.generated_tokens
         limiter = self._reception.limiter
-        limiter.spend_tokens(self._tenant, count, time.monotonic())
+        limiter.spend_tokens(self._tenant, self._record.charged_tokens, time.monotonic())
         limiter.done(self._tenant)
 
 
@@ -323,5 +352,11 @@ def _is_preflight(headers: Sequence[Header]) -> bool:
     return {b"origin", b"access-control-request-method"} <= names
 
 
+def _answer_of_the_dead(lifetime: Lifetime) -> ErrorResponse | None:
+    """Return what a request gets whose handler failed because the engine died, if it did."""
+    return None if lifetime.is_alive else to_response(EngineDiedError(DIED))
+
+
+_READING = ("GET", "HEAD")
 _BEARER: Header = (b"www-authenticate", b"Bearer")
 _SERVER_FAULT = 500

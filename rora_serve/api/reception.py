@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from rora_serve.admission import Admission
 from rora_serve.key_file import KeyFile
+from rora_serve.lifetime import Lifetime
 from rora_serve.limits import Limiter
 from rora_serve.metrics import Metrics
 from rora_serve.models import ModelDirectory
@@ -21,6 +22,7 @@ class Reception:
         admission: who is let in, and when.
         limiter: what tenants have used of their limits.
         metrics: which count requests.
+        lifetime: whether requests are taken at all.
         max_model_len: tokens of a prompt and its answer at most.
         keys: of tenants; None lets everybody in.
     """
@@ -29,5 +31,6 @@ class Reception:
     admission: Admission
     limiter: Limiter
     metrics: Metrics
+    lifetime: Lifetime
     max_model_len: int
     keys: KeyFile | None = None

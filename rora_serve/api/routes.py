@@ -28,7 +28,7 @@ def make_routes(
     views: Views,
     *,
     started: int,
-    is_alive: Callable[[], bool],
+    is_ready: Callable[[], bool],
     max_upload_bytes: int,
     unload_seconds: float = UNLOAD_SECONDS,
 ) -> list[BaseRoute]:
@@ -36,12 +36,12 @@ def make_routes(
 
     Args:
         started: the server's start in seconds since the epoch.
-        is_alive: whether the engine still runs.
+        is_ready: whether more requests are wanted.
         max_upload_bytes: of a body.
         unload_seconds: that an unload waits for running requests.
     """
     routers = (
-        make_router(directory, started=started, is_alive=is_alive),
+        make_router(directory, started=started, is_ready=is_ready),
         make_adapter_router(directory, residents, views, unload_seconds=unload_seconds),
         make_upload_router(intake, views, max_upload_bytes=max_upload_bytes),
         make_lora_router(directory, residents, intake, unload_seconds=unload_seconds),
@@ -51,20 +51,20 @@ def make_routes(
 
 
 def make_router(
-    directory: ModelDirectory, *, started: int, is_alive: Callable[[], bool]
+    directory: ModelDirectory, *, started: int, is_ready: Callable[[], bool]
 ) -> APIRouter:
     """Return the routes.
 
     Args:
         started: the server's start in seconds since the epoch.
-        is_alive: whether the engine still runs.
+        is_ready: whether more requests are wanted.
     """
     router = APIRouter(route_class=OurRoute)
 
-    @router.get("/ready", response_class=Response, responses={503: {"description": _DEAD}})
+    @router.get("/ready", response_class=Response, responses={503: {"description": _AWAY}})
     async def ready() -> Response:
-        """200 while the engine runs, with its adapter layers in place; 503 after it died."""
-        return Response(status_code=200 if is_alive() else 503)
+        """200 while requests are wanted; 503 once the server is to stop, or its engine died."""
+        return Response(status_code=200 if is_ready() else 503)
 
     @router.get("/v1/models", response_model=ModelList, responses=answers())
     async def list_models() -> Response:
@@ -104,7 +104,7 @@ def make_router(
     return router
 
 
-_DEAD = "The engine died."
+_AWAY = "The server is stopping, or its engine died."
 
 
 def _base_card(name: str, started: int) -> ModelCard:

@@ -39,7 +39,7 @@ _MEANINGS = {
     415: "The body is of a kind that is not expected.",
     422: "The adapter breaks a rule, or does not fit the base model.",
     500: "A fault of the server; its log says which.",
-    503: "The engine died.",
+    503: "The server is stopping, or its engine died.",
     507: "The server's disk is full.",
 }
 

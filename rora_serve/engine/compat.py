@@ -50,7 +50,7 @@ def sleep_between_messages() -> None:
     long as messages come often.
     """
     SpinCondition.__init__.__defaults__ = (0,)  # busy_loop_s, which nobody gives
-    SpinCondition.wait = _wait
+    SpinCondition.wait = _wait  # type: ignore[method-assign]
 
 
 _plain_wait = SpinCondition.wait

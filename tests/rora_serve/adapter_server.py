@@ -19,6 +19,7 @@ from rora_serve.api.views import Views
 from rora_serve.catalog import Catalog
 from rora_serve.intake import Intake
 from rora_serve.key_file import KeyFile
+from rora_serve.lifetime import Lifetime
 from rora_serve.limits import Limiter
 from rora_serve.metrics import Levels, Metrics
 from rora_serve.models import ModelDirectory, ServedAdapter, ServedBase
@@ -113,20 +114,21 @@ class AdapterServer:
             self.catalog,
             lambda resolved: self.quarantined.get(resolved.version.digest),
         )
+        self.lifetime = Lifetime(lambda: self.is_alive)
         self.routes = make_routes(
             self.directory,
             self.residents,
             self.intake,
             views,
             started=7,
-            is_alive=lambda: self.is_alive,
+            is_ready=lambda: self.lifetime.is_ready,
             max_upload_bytes=MAX_UPLOAD_BYTES,
             unload_seconds=UNLOAD_SECONDS,
         )
         self.app = FastAPI(openapi_url=None)
         self.app.router.routes[:0] = self.routes
         self.app.add_middleware(FrontDoor)
-        setattr(self.app.state, RECEPTION_STATE, make_reception(self.directory))
+        setattr(self.app.state, RECEPTION_STATE, make_reception(self.directory, self.lifetime))
 
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Ask as the tenant that is set; every task that this starts has it."""
@@ -153,7 +155,11 @@ class AdapterServer:
 
 
 def make_reception(
-    directory: ModelDirectory, *, keys: KeyFile | None = None, max_in_flight: int = 8
+    directory: ModelDirectory,
+    lifetime: Lifetime | None = None,
+    *,
+    keys: KeyFile | None = None,
+    max_in_flight: int = 8,
 ) -> Reception:
     """Return what stands behind the front door, in front of a directory."""
 
@@ -163,7 +169,13 @@ def make_reception(
 
     metrics = Metrics(directory.base_names[0], read_levels)
     return Reception(
-        directory, Admission(max_in_flight), Limiter(), metrics, max_model_len=1024, keys=keys
+        directory,
+        Admission(max_in_flight),
+        Limiter(),
+        metrics,
+        lifetime or Lifetime(lambda: True),
+        max_model_len=1024,
+        keys=keys,
     )
 
 

@@ -18,7 +18,14 @@ from rora_serve.side_process import SideProcess
 from tests.conftest import LINEAR
 from tests.reference import ATOL
 from tests.rora_serve.adapter_server import Place, make_place
-from tests.rora_serve.serving import Continuation, Server, free_port, our_command, running
+from tests.rora_serve.serving import (
+    Continuation,
+    Server,
+    check_soft_stop,
+    free_port,
+    our_command,
+    running,
+)
 from tests.workloads import make_random_adapter
 from trainer.allocation import trained_config
 from trainer.config import (
@@ -217,9 +224,10 @@ def store(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) -
 @pytest.fixture(scope="package")
 def server(store: AdapterStore) -> Iterator[Server]:
     port = free_port()
-    command = our_command(store.root, port, vllm_options=CHUNK)
+    command = our_command(store.root, port, ("--drain-seconds", "300"), vllm_options=CHUNK)
     with running(command, port, store.root.with_name("log")) as server:
         yield server
+        check_soft_stop(server, "lora-8")
     assert server.process.returncode == 0, "a server that a signal stops exits with 0"
 
 

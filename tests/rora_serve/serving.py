@@ -19,6 +19,7 @@ from rora_serve.engine.platform_plugin import SEAM_FLAG
 
 START_SECONDS = 480
 STOP_SECONDS = 60
+SOFT_STOP_TOKENS = 300  # of an answer that takes longer than new requests are taken, less than all
 # One step must be able to hold every request of a test; float32, since PEFT's oracle is.
 ENGINE_OPTIONS = ("--dtype", "float32", "--max-model-len", "1024")
 
@@ -106,6 +107,35 @@ def stock_command(model: Path, adapters: dict[str, Path], port: int, modules: st
         "--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", "32",
         "--lora-target-modules", *modules.split(), "--lora-modules", *modules_given,
     ]  # fmt: skip
+
+
+def check_soft_stop(server: Server, model: str) -> None:
+    """Send SIGTERM to a server that answers, and see how it ends."""
+
+    def statuses(path: str, **body: object) -> Iterator[int]:
+        while True:
+            answer = (
+                httpx.post(f"{server.url}{path}", json=body, timeout=60)
+                if body
+                else httpx.get(f"{server.url}{path}")
+            )
+            yield answer.status_code
+            time.sleep(0.1)
+
+    question = {"model": model, "prompt": "Count.", "ignore_eos": True}
+    long = question | {"max_tokens": SOFT_STOP_TOKENS, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=long, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        assert next(status for status in statuses("/ready") if status != 200) == 503
+        short = statuses("/v1/completions", **question, max_tokens=1)
+        assert next(short) == 200, "whoever has not noticed yet is answered"
+        assert next(status for status in short if status != 200) == 503
+        rest = [line for line in lines if line]
+    assert len(rest) >= SOFT_STOP_TOKENS, "the answer that was begun is whole"
+    assert rest[-1] == "data: [DONE]"
+    server.process.wait(STOP_SECONDS)
 
 
 def ask_together(

@@ -109,7 +109,7 @@ def asleep() -> Iterator[None]:
     before = SpinCondition.__init__.__defaults__, SpinCondition.wait
     compat.sleep_between_messages()
     yield
-    SpinCondition.__init__.__defaults__, SpinCondition.wait = before
+    SpinCondition.__init__.__defaults__, SpinCondition.wait = before  # type: ignore[method-assign]
 
 
 @pytest.mark.usefixtures("asleep")

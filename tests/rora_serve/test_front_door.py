@@ -69,7 +69,7 @@ def client(store: AdapterStore) -> Iterator[TestClient]:
     dead: list[bool] = []
     base = ServedBase(("base",), "", None)
     directory = ModelDirectory(base, store, Engine(), capacity=1_000_000)
-    router = make_router(directory, started=7, is_alive=lambda: not dead)
+    router = make_router(directory, started=7, is_ready=lambda: not dead)
     app.router.routes[:0] = router.routes
     app.add_middleware(FrontDoor)
     setattr(app.state, RECEPTION_STATE, make_reception(directory))

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
@@ -265,6 +266,47 @@ def test_a_cancelled_reader_cancels_vllms_call() -> None:
 
     asyncio.run(run())
     assert record.finish == "abort"
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "max_tokens", "expected"),
+    [
+        pytest.param(RequestOutputKind.FINAL_ONLY, 1, 100, 3 + 20, id="as many as others had"),
+        pytest.param(RequestOutputKind.FINAL_ONLY, 2, 100, 3 + 2 * 20, id="choices"),
+        pytest.param(RequestOutputKind.FINAL_ONLY, 1, 9, 3 + 9, id="no more than it asked for"),
+        pytest.param(RequestOutputKind.DELTA, 1, 100, 3, id="a stream, before its first token"),
+    ],
+)
+def test_a_client_that_hangs_up_early_is_charged_what_its_answer_likely_took(
+    kind: RequestOutputKind, n: int, max_tokens: int, expected: int
+) -> None:
+    step = 4.0  # seconds between two looks at the clock
+    times = itertools.count()
+    engine: Any = Engine([output((0, list(range(40)), "stop"))])
+    observe(engine, lambda: next(times) * step)
+    record = RequestRecord("id", "POST", "/", 0.0)
+    asked_for = SamplingParams(n=n, max_tokens=max_tokens, output_kind=kind)
+    prompt = {"prompt_token_ids": PROMPT}
+
+    async def run() -> None:
+        nonlocal step
+        current_record.set(RequestRecord("before", "POST", "/", 0.0))
+        for _ in range(100):  # 40 tokens in 4 seconds each
+            outputs = engine.generate(prompt, params(RequestOutputKind.DELTA), "id")
+            await collect_from_async_generator(outputs)
+        step = 2.0
+        engine.outputs, engine.ready = [], asyncio.Event()
+        current_record.set(record)
+        outputs = engine.generate(prompt, asked_for, "id")
+        task = asyncio.create_task(collect_from_async_generator(outputs))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert record.charged_tokens == expected
+    assert (record.prompt_tokens, record.generated_tokens) == (0, 0)
 
 
 def test_an_error_in_the_middle_passes_and_what_came_before_counts() -> None:

@@ -173,6 +173,29 @@ def test_requests_that_come_at_once_wait_for_one_check(store: AdapterStore, engi
     assert len(engine.asked_of("a")) == len(PROMPTS)
 
 
+def test_few_probes_are_in_the_engine_at_once(
+    store: AdapterStore, engine: Engine, probed: Path
+) -> None:
+    names = ["a"]
+    for number in range(4):
+        (probed / "chat_template.jinja").write_text(str(number))
+        names.append(f"b{number}")
+        store.add(probed, name=names[-1])
+
+    async def ask() -> None:
+        checks = prober(store, engine)
+        await checks.check(served(store))  # the base has answered
+        engine.may_answer.clear()
+        waiting = [asyncio.create_task(checks.check(served(store, name))) for name in names[1:]]
+        await asyncio.sleep(0.05)
+        assert engine.num_asking == 2 * len(PROMPTS)
+        engine.may_answer.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(ask())
+    assert all(sorted(engine.asked_of(name)) == sorted(PROMPTS) for name in names)
+
+
 def test_no_request_is_charged_for_a_probe(store: AdapterStore, engine: Engine) -> None:
     async def ask() -> None:
         request.set("a client's")

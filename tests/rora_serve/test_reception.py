@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from prometheus_client import CollectorRegistry, generate_latest
 
 from adapters import AdapterStore, ResolvedVersion
@@ -17,6 +17,7 @@ from rora_serve.api.front_door import FrontDoor
 from rora_serve.api.model_request import ModelRequest, read_model_request
 from rora_serve.api.reception import RECEPTION_STATE, Reception
 from rora_serve.key_file import KeyFile
+from rora_serve.lifetime import Lifetime
 from rora_serve.models import ModelDirectory, ServedBase
 from rora_serve.tenants import EVERYBODY, Limits, Tenant, key_digest, new_key
 from tests.rora_serve.adapter_server import make_reception
@@ -35,10 +36,16 @@ class Engine:
 class Server:
     """An app behind the front door that tells what reaches it, and can be held up."""
 
-    def __init__(self, store: AdapterStore, keys: KeyFile | None, *, places: int = 8) -> None:
+    def __init__(
+        self, store: AdapterStore, keys: KeyFile | None = None, *, places: int = 8
+    ) -> None:
         base = ServedBase(("base",), "", None)
         directory = ModelDirectory(base, store, Engine(), capacity=1_000_000)
-        self.reception: Reception = make_reception(directory, keys=keys, max_in_flight=places)
+        self.is_alive, self.fails = True, False
+        self.lifetime = Lifetime(lambda: self.is_alive)
+        self.reception: Reception = make_reception(
+            directory, self.lifetime, keys=keys, max_in_flight=places
+        )
         self.gate = asyncio.Event()
         self.gate.set()
         self.num_inside = 0
@@ -47,6 +54,8 @@ class Server:
         async def see(request: Request) -> dict[str, Any]:
             self.num_inside += 1
             await self.gate.wait()
+            if self.fails or not self.is_alive:
+                raise HTTPException(500, "EngineCore encountered an issue.")
             return {"body": await request.json(), "headers": dict(request.headers)}
 
         async def read() -> dict[str, Any]:
@@ -56,6 +65,7 @@ class Server:
             app.add_api_route(path, see, methods=["POST"])
         for path in ("/health", "/metrics", "/v1/models"):
             app.add_api_route(path, read, methods=["GET"])
+        app.add_api_route("/v1/adapters", read, methods=["POST"])
         app.add_middleware(FrontDoor)
         setattr(app.state, RECEPTION_STATE, self.reception)
         self.app = app
@@ -331,6 +341,17 @@ def test_a_tenant_above_its_limit_is_told_when_to_come_again(
         assert answer.json()["error"]["code"] == "rate_limit_exceeded"
         assert "requests_per_minute is 1" in answer.json()["error"]["message"]
         assert (await server.ask(key=OPERATOR)).status_code == 200
+
+    run(test())
+
+
+def test_an_upload_counts_as_a_request(store: AdapterStore, keys: KeyFile) -> None:
+    async def test() -> None:
+        server = Server(store, keys)
+        assert (await server.ask(key=TIRED, path="/v1/adapters")).status_code == 200
+        answer = await server.ask(key=TIRED, path="/v1/adapters")
+        assert answer.status_code == 429
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
 
     run(test())
 
