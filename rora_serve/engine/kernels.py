@@ -36,7 +36,9 @@ _LANES = 16 if _HAS_AVX512 else 8  # float32 of a vector
 _ROWS = 4 if _HAS_AVX512 else 3
 _FACTORS = 4
 _MANY = 16  # rows from which on threads share a group's rows, not its factors, if there are enough
-_BLOCK = 8 * _ROWS  # rows whose part of x and y stays in the second-level cache
+# Rows that are finished before the next ones of a long group: their part of y is read as it lies,
+# from memory, and an adapter's factors for each of them again, from the second-level cache.
+_BLOCK = 2 * _ROWS
 _AHEAD = 4096  # bytes of A that are asked for before a row alone reads them
 _FLOAT32, _BFLOAT16 = int(Element.F32), int(Element.BF16)
 
