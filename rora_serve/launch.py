@@ -11,16 +11,16 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
 from adapters import AdapterStore, ResolvedVersion
-from adapters.base_model import cache_folder, chat_template, fingerprint
+from adapters.base_model import cache_folder
 from adapters.errors import AdapterMismatchError, ConfigError, EngineSeamError, RoraError
-from adapters.receipt import BaseShapes, read_base_shapes
+from adapters.receipt import BaseShapes
 from adapters.store import verify
 from rora_serve.admission import Admission
 from rora_serve.catalog import Catalog
@@ -33,7 +33,7 @@ from rora_serve.limits import Limiter
 from rora_serve.loader import Loader
 from rora_serve.memory import adapter_memory
 from rora_serve.metrics import Levels, Metrics
-from rora_serve.models import ModelDirectory, ServedBase, check_names
+from rora_serve.models import ModelDirectory, ServedBase, check_names, read_base
 from rora_serve.request_log import log_to
 from rora_serve.residency import Residents
 from rora_serve.side_process import SideProcess
@@ -72,8 +72,7 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     store = AdapterStore(config.store)
     names = tuple(arguments.served_model_name)
     check_names(names, store)
-    base = ServedBase(names, fingerprint(model), chat_template(model))
-    shapes = replace(read_base_shapes(model, name=names[0]), other_names=names[1:])
+    base, shapes = read_base(model, names)
     keys = _open_keys(config)
     signal.signal(signal.SIGTERM, _end_start)  # until vLLM installs its own handler
     try:
