@@ -34,6 +34,7 @@ from rora_serve.loader import Loader
 from rora_serve.memory import adapter_memory
 from rora_serve.metrics import Levels, Metrics
 from rora_serve.models import ModelDirectory, ServedBase, check_names, read_base
+from rora_serve.preload import Preloader, PreloadPlan, make_plan
 from rora_serve.request_log import log_to
 from rora_serve.residency import Residents
 from rora_serve.side_process import SideProcess
@@ -56,7 +57,9 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
         vllm_options: command-line options for vLLM, as given after `--`.
 
     Raises:
-        ConfigError: an option that is ours to set, or that vLLM refuses.
+        ConfigError: an option that is ours to set, or that vLLM refuses; a name of `preload` or
+            `pin` that is not there, or more of them than fit.
+        PreloadError: one of them can not be served.
         EngineSeamError: the engine came up without our layers; nothing was served.
     """
     _check_shared_memory()
@@ -74,12 +77,19 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     check_names(names, store)
     base, shapes = read_base(model, names)
     keys = _open_keys(config)
+    capacity = adapter_memory(config.adapter_memory_bytes, model)
+    plan = make_plan(
+        store, preload=config.preload, pin=config.pin, base_names=names, capacity=capacity
+    )
+    if plan.problems:
+        raise ConfigError("; ".join(plan.problems))
+    parts = _Parts(config, base, shapes, store, keys, capacity, plan)
     signal.signal(signal.SIGTERM, _end_start)  # until vLLM installs its own handler
     try:
         with tempfile.TemporaryDirectory(prefix="rora-serve-") as own:
             os.environ[SOCKET_VARIABLE] = str(Path(own, "worker"))
             os.environ["NUMBA_CACHE_DIR"] = str(_kernel_cache(Path(own)))
-            died = uvloop.run(_serve(arguments, _Parts(config, model, base, shapes, store, keys)))
+            died = uvloop.run(_serve(arguments, parts))
     except RoraError:
         raise
     except (RuntimeError, ValueError, OSError) as error:  # what vLLM raises while it starts
@@ -94,19 +104,20 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
 
 @dataclass(frozen=True)
 class _Parts:
-    """What is known before the engine starts."""
+    """What is known before the engine starts.
+
+    Args:
+        capacity: bytes that adapters may take in memory.
+        preload: what is to be there before the server is ready.
+    """
 
     config: ServeConfig
-    model: Path
     base: ServedBase
     shapes: BaseShapes
     store: AdapterStore
     keys: KeyFile | None
-
-    @property
-    def capacity(self) -> int:
-        """Bytes that adapters may take in memory."""
-        return adapter_memory(self.config.adapter_memory_bytes, self.model)
+    capacity: int
+    preload: PreloadPlan
 
 
 def _open_keys(config: ServeConfig) -> KeyFile | None:
@@ -234,13 +245,14 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
             arguments.middleware = [FRONT_DOOR]
             app = build_app(arguments, tasks, engine.model_config)
             await init_app_state(engine, app.state, arguments, tasks)
-            _open_door(app, engine, loader, process, parts)
+            preloader = _open_door(app, engine, loader, process, parts)
             print(
                 f"rora-serve: {parts.base.names[0]} and {len(parts.store.names())} adapters of "
                 f"{parts.store.root} at {address}",
                 file=sys.stderr,
             )
             stopped = _note_shutdown(engine)
+            preloader.begin(lambda: _stop_serving(app))
             # The arguments that vLLM's own server passes, so that its options after `--` hold here.
             shutdown = await serve_http(
                 app,
@@ -259,8 +271,12 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
                 h11_max_incomplete_event_size=arguments.h11_max_incomplete_event_size,
                 h11_max_header_count=arguments.h11_max_header_count,
             )
-            died = bool(engine.errored) and not stopped.is_set()
+            is_stopped = stopped.is_set()  # by a signal; from here on it is in any case
+            died = bool(engine.errored) and not is_stopped
+            given_up = await preloader.end()
         await shutdown
+        if given_up is not None and not is_stopped:
+            raise given_up
     finally:
         sock.close()
         process.close()
@@ -275,8 +291,8 @@ def _open_door(
     loader: Loader | None,
     process: SideProcess,
     parts: _Parts,
-) -> None:
-    """Put everything that requests go through into vLLM's app."""
+) -> Preloader:
+    """Put everything that requests go through into vLLM's app; return what fills its memory."""
     from prometheus_client import REGISTRY  # noqa: PLC0415  (comes with vLLM)
 
     from rora_serve.api.plugin import install  # noqa: PLC0415
@@ -309,6 +325,7 @@ def _open_door(
     metrics = Metrics(base.names[0], read_levels)
     REGISTRY.register(metrics)  # whose content vLLM's /metrics is
     residents = Residents(directory)
+    preloader = Preloader(directory, residents, parts.preload)
     catalog = Catalog(parts.shapes, process)
     intake = Intake(
         parts.store,
@@ -325,7 +342,7 @@ def _open_door(
         intake,
         Views(directory, residents, catalog, quarantine),
         started=int(time.time()),
-        is_alive=lambda: not engine.errored,
+        is_alive=lambda: preloader.is_done and not engine.errored,
         max_upload_bytes=config.max_upload_bytes,
     )
     reception = Reception(
@@ -337,6 +354,12 @@ def _open_door(
         keys=parts.keys,
     )
     install(app, reception, routes)
+    return preloader
+
+
+def _stop_serving(app: "FastAPI") -> None:
+    """End `serve_http`, as vLLM does when its engine died."""
+    app.state.server.should_exit = True
 
 
 def _note_shutdown(engine: "EngineClient") -> threading.Event:

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from adapters.names import is_name
+
 # Of the characters that names have. With others a pattern would match nothing, without a word.
 _PATTERN = re.compile(r"[a-z0-9._*-]+")
 
@@ -15,6 +17,18 @@ def check_pattern(pattern: str) -> str:
             "'*' for any text"
         )
     return pattern
+
+
+def check_reference(text: str) -> str:
+    """Return `text` if it may mean versions: a name or pattern, and perhaps `@` an alias or digest.
+
+    Raises: ValueError: it may not.
+    """
+    pattern, at, wanted = text.partition("@")
+    check_pattern(pattern)
+    if at and not is_name(wanted.removeprefix("sha256:")):
+        raise ValueError("after '@' an alias, or 'sha256:' and digits, is expected")
+    return text
 
 
 def matches_any(patterns: Sequence[str], name: str) -> bool:

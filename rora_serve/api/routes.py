@@ -63,7 +63,7 @@ def make_router(
 
     @router.get("/ready", response_class=Response, responses={503: {"description": _DEAD}})
     async def ready() -> Response:
-        """200 while the engine runs, with its adapter layers in place; 503 after it died."""
+        """200 once what is to be preloaded is in memory, as long as the engine runs; else 503."""
         return Response(status_code=200 if is_alive() else 503)
 
     @router.get("/v1/models", response_model=ModelList, responses=answers())
@@ -104,7 +104,7 @@ def make_router(
     return router
 
 
-_DEAD = "The engine died."
+_DEAD = "Adapters are still being preloaded, or the engine died."
 
 
 def _base_card(name: str, started: int) -> ModelCard:

@@ -59,6 +59,7 @@ RANK_BEFORE_ALLOCATION = 2
 NUM_RAGGED = 3
 # Few tokens a step, so that long prompts come in pieces beside others' steps.
 CHUNK = ("--max-num-batched-tokens", "256")
+PRELOADED = ("--pin", "pruned", "--preload", "allocated@latest", "--preload", "rora-*")
 
 
 def make_ragged_adapter(folder: Path, base: Path, *, seed: int) -> Path:
@@ -217,7 +218,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) -
 @pytest.fixture(scope="package")
 def server(store: AdapterStore) -> Iterator[Server]:
     port = free_port()
-    command = our_command(store.root, port, vllm_options=CHUNK)
+    command = our_command(store.root, port, PRELOADED, vllm_options=CHUNK)
     with running(command, port, store.root.with_name("log")) as server:
         yield server
     assert server.process.returncode == 0, "a server that a signal stops exits with 0"
