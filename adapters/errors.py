@@ -13,6 +13,7 @@ RoraError
 │   ├── StoreConflictError                 a change that an alias, a version or a lease forbids
 │   └── StoreFullError                     no room for what is to be written
 ├── ResidencyError (RuntimeError)          memory for adapters: what requests or pins still need
+├── PreloadError (RuntimeError)            adapters without which a server was told not to be ready
 ├── TrainingError (RuntimeError)           a run that can not go on, or whose result can not be used
 ├── AuthenticationError (ValueError)       a request whose key can not be told
 ├── LimitExceededError (RuntimeError)      a request above its tenant's limits
@@ -87,6 +88,10 @@ class StoreFullError(StoreError):
 
 class ResidencyError(RoraError, RuntimeError):
     """An adapter can not leave or stay in memory now: requests or pins stand against it."""
+
+
+class PreloadError(RoraError, RuntimeError):
+    """Adapters that a server was told to have before it is ready can not be served."""
 
 
 class TrainingError(RoraError, RuntimeError):

@@ -96,6 +96,10 @@ class AdapterStore:
         """
         return self._names.records()
 
+    def every_name(self) -> list[str]:
+        """Return every name, sorted, those too whose record is broken."""
+        return sorted(self._names.names())
+
     def resolve(self, reference: str) -> ResolvedVersion:
         """Return the version that `name`, `name@alias` or `name@sha256:<digits>` means now.
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import ResolvedVersion, open_artifact
-from adapters.errors import ArtifactError
+from adapters.errors import AdapterMismatchError, ArtifactError
+from adapters.problems import refusal
 from adapters.receipt import BaseShapes, Receipt, receipt
 from rora_serve.side_process import SideProcess
 
@@ -49,6 +50,19 @@ def describe(folder: Path, base: BaseShapes) -> Description:
     return Description(
         tuple(ModuleScale(m.name, m.rank, m.alpha, m.scaling) for m in modules), found
     )
+
+
+def describe_fitting(folder: Path, base: BaseShapes) -> Description:
+    """Return what an adapter folder holds, all of which fits `base`.
+
+    Raises: AdapterMismatchError: every module that does not, or another base; or a broken format.
+    Cost: as `describe`.
+    """
+    description = describe(folder, base)
+    problems = description.receipt.problems
+    if problems:
+        raise refusal(AdapterMismatchError, f"adapter on base model {base.name}", problems)
+    return description
 
 
 class Catalog:

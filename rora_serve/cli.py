@@ -4,13 +4,12 @@ import argparse
 import os
 import socket
 import sys
-from pathlib import Path
 
 from adapters.base_model import cache_folder, find_model, model_name
 from adapters.command import run_command
 from adapters.errors import ConfigError
-from adapters.settings import add_flags, read_settings, with_hyphens
-from rora_serve.config import ServeConfig
+from adapters.settings import with_hyphens
+from rora_serve.config import add_settings
 from rora_serve.tenants import check_tenant_name, key_lines, new_key
 
 PROGRAM = "rora-serve"
@@ -22,24 +21,22 @@ def main(argv: list[str] | None = None) -> int:
     if given[:1] == ["key"]:
         return run_command(PROGRAM, lambda: _make_key(given[1:]))
     ours, vllm_options = _split(given)
+    if ours[:1] == ["validate"]:
+        from rora_serve.validate_cli import validate  # noqa: PLC0415  (only its own imports)
+
+        return run_command(PROGRAM, lambda: validate(ours[1:], vllm_options))
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Serve adapters of one base model beside it, behind an OpenAI-style API.",
-        epilog="`rora-serve key NAME` makes a key for a tenant of --keys. Options after `--` go to "
-        "vLLM as they are, for example: -- --max-model-len 4096",
+        epilog="`rora-serve validate ...` says what a server with the same arguments would serve, "
+        "without starting one. `rora-serve key NAME` makes a key for a tenant of --keys. Options "
+        "after `--` go to vLLM as they are, for example: -- --max-model-len 4096",
     )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="serve.toml with these settings"
-    )
-    read_flags = add_flags(parser, ServeConfig)
+    read_config = add_settings(parser)
     arguments = parser.parse_args(with_hyphens(ours))
 
     def serve() -> int:
-        config = read_settings(ServeConfig, arguments.config, read_flags(arguments))
-        if config.store.exists() and not config.store.is_dir():
-            raise ConfigError(
-                f"--store {config.store}: a file, a folder made by rora-adapters is expected"
-            )
+        config = read_config(arguments)
         _check_port(config.host, config.port)
         folder = find_model(config.model, cache=cache_folder(os.environ))
         from rora_serve.launch import launch  # noqa: PLC0415  (imports vLLM, which takes seconds)

@@ -1,9 +1,18 @@
 """ServeConfig: what rora-serve itself is told; every other option is vLLM's own, after `--`."""
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_settings import CliImplicitFlag
+
+from adapters.errors import ConfigError
+from adapters.settings import add_flags, read_settings
+from rora_serve.name_patterns import check_reference
+
+_Reference = Annotated[str, AfterValidator(check_reference)]
 
 
 class ServeConfig(BaseModel):
@@ -27,6 +36,14 @@ class ServeConfig(BaseModel):
     adapter_memory_bytes: int | None = Field(
         None, ge=1, description="memory for adapters; none: a quarter of what is free at the start"
     )
+    preload: tuple[_Reference, ...] = Field(
+        (),
+        description="adapter to load before the server is ready: NAME, NAME@ALIAS, or a pattern as "
+        "'acme-*', of which the newest that fit; may be repeated",
+    )
+    pin: tuple[_Reference, ...] = Field(
+        (), description="adapter to load like that and to keep in memory; may be repeated"
+    )
     max_upload_bytes: int = Field(4 * 1024**3, ge=1, description="of one adapter that is uploaded")
     import_from: tuple[Path, ...] = Field(
         (), description="folder below which adapters may be imported by path; may be repeated"
@@ -38,3 +55,24 @@ class ServeConfig(BaseModel):
         default=False,
         description="compile the model on CPUs: faster steps, minutes at the first start",
     )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], ServeConfig]:
+    """Add the settings' flags and --config to `parser`; return what reads them from its result.
+
+    What it returns raises ConfigError: every mistake in the file and the flags.
+    """
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="serve.toml with these settings"
+    )
+    read_flags = add_flags(parser, ServeConfig)
+
+    def read(arguments: argparse.Namespace) -> ServeConfig:
+        config = read_settings(ServeConfig, arguments.config, read_flags(arguments))
+        if config.store.exists() and not config.store.is_dir():
+            raise ConfigError(
+                f"--store {config.store}: a file, a folder made by rora-adapters is expected"
+            )
+        return config
+
+    return read

@@ -18,7 +18,7 @@ from adapters.errors import AdapterMismatchError, EngineSeamError
 from adapters.tolerance import Form
 from adapters.verdict import LogProbs
 from rora_serve.models import ServedAdapter
-from rora_serve.probing import NextLogProbs, Prober
+from rora_serve.probing import NextLogProbs, Prober, base_in_build
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -96,7 +96,7 @@ def _build(config: "VllmConfig", fingerprint: str) -> str:
         f"{_dtype(config)} with a cache in {_cache_dtype(config)}",
         f"quantization {config.model_config.quantization or 'none'}",
         "eager" if config.model_config.enforce_eager else "compiled",
-        f"base {fingerprint[:12]}",
+        base_in_build(fingerprint),
     ]
     return ", ".join(parts)
 

@@ -15,6 +15,18 @@ Tier = Literal["slot", "host", "store"]
 MAX_PINNED_SHARE = 0.5
 
 
+def check_fits(num_bytes: int, left: int) -> None:
+    """See that an adapter fits the memory that pinned ones leave.
+
+    Raises: AdapterMismatchError: it never will.
+    """
+    if num_bytes > left:
+        raise AdapterMismatchError(
+            f"takes {num_bytes} bytes, adapters that are not pinned have {left}; start the server "
+            "with a larger --adapter-memory-bytes"
+        )
+
+
 @dataclass
 class _Resident:
     """An adapter in the engine, or on its way there."""
@@ -198,12 +210,7 @@ class HostTier:
             raise
 
     def _check_fits(self, num_bytes: int) -> None:
-        left = self.capacity - self._pinned_bytes
-        if num_bytes > left:
-            raise AdapterMismatchError(
-                f"takes {num_bytes} bytes, adapters that are not pinned have {left}; start the "
-                "server with a larger --adapter-memory-bytes"
-            )
+        check_fits(num_bytes, self.capacity - self._pinned_bytes)
 
     async def _make_room(self, num_bytes: int) -> None:
         while self._used + num_bytes > self.capacity:

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import AdapterStore, ResolvedVersion
-from adapters.errors import AdapterMismatchError, AdapterNameError, RoraError
+from adapters.errors import AdapterNameError, RoraError
 from adapters.examination import Examined
 from adapters.names import check_alias, check_name
 from adapters.objects import Incoming
-from adapters.problems import refusal
 from adapters.receipt import BaseShapes
 from adapters.sources import unpack
 from adapters.writer import sync_files, write_error
-from rora_serve.catalog import Catalog, Description, describe
+from rora_serve.catalog import Catalog, Description, describe_fitting
 from rora_serve.side_process import SideProcess
 
 # Refuses a version that is stored and has no name yet, by an error whose text clients may see.
@@ -168,8 +167,4 @@ def _unpack(archive: Path) -> Path:
 def _examine(root: Path, folder: Path, base: BaseShapes) -> Arrival:
     sync_files(folder)
     examined = AdapterStore(root).examine(folder, given="adapter")
-    description = describe(folder, base)
-    problems = description.receipt.problems
-    if problems:
-        raise refusal(AdapterMismatchError, f"adapter on base model {base.name}", problems)
-    return Arrival(examined, description)
+    return Arrival(examined, describe_fitting(folder, base))

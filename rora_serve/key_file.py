@@ -3,7 +3,6 @@
 import hmac
 import logging
 import os
-import re
 import secrets
 import stat
 import tempfile
@@ -19,24 +18,14 @@ from adapters.errors import ConfigError
 from adapters.names import is_digest
 from adapters.settings import read_settings
 from adapters.writer import make_folder
+from rora_serve.name_patterns import check_pattern
 from rora_serve.tenants import HASH_PREFIX, Limits, Tenant, check_tenant_name, key_digest
 
 logger = logging.getLogger(__name__)
 
-# Of the characters that names have. With others a pattern would match nothing, without a word.
-_PATTERN = re.compile(r"[a-z0-9._*-]+")
 _LOOK_SECONDS = 1.0
 _OTHERS_READ = 0o044
 _SECRET_BYTES = 32
-
-
-def _check_pattern(pattern: str) -> str:
-    if not _PATTERN.fullmatch(pattern):
-        raise ValueError(
-            "letters in lower case, digits, '.', '_' and '-' of adapter names are expected, and "
-            "'*' for any text"
-        )
-    return pattern
 
 
 def _check_hash(text: str) -> str:
@@ -51,7 +40,7 @@ def _check_hash(text: str) -> str:
     return text
 
 
-_Patterns = list[Annotated[str, AfterValidator(_check_pattern)]]
+_Patterns = list[Annotated[str, AfterValidator(check_pattern)]]
 _Hashes = list[Annotated[str, AfterValidator(_check_hash)]]
 _Limit = Annotated[int, Field(ge=1, le=2**53)]  # which counts in floats keep exactly
 
@@ -128,6 +117,31 @@ class _KeyFileSettings(_Settings):
         return self
 
 
+def read_tenants(path: Path, *, cache_secret: bytes) -> list[tuple[Tenant, list[bytes]]]:
+    """Return the tenants of a key file, each with the digests of its keys.
+
+    Args: cache_secret: from which salts are made, see `kept_secret`.
+    Raises: ConfigError: every mistake in the file.
+    """
+    settings = read_settings(_KeyFileSettings, path, {})
+    return [
+        (
+            given.tenant(name, cache_secret),
+            [bytes.fromhex(text.removeprefix(HASH_PREFIX)) for text in given.keys],
+        )
+        for name, given in settings.tenants.items()
+    ]
+
+
+def exposed(path: Path) -> str | None:
+    """Say that others than its owner may read a key file; None if they may not."""
+    state = _state(path)
+    if state is None or not state.mode & _OTHERS_READ:
+        return None
+    mode = f"{state.mode:03o}"
+    return f"{path}: others than its owner may read it (mode {mode}), 600 is expected; chmod it"
+
+
 class KeyFile:
     """The tenants of a file, which is read again when it changes.
 
@@ -184,19 +198,11 @@ class KeyFile:
             logger.info("%s: read again, %d keys", self._path, len(self._holders))
 
     def _read(self) -> list[tuple[bytes, Tenant]]:
-        settings = read_settings(_KeyFileSettings, self._path, {})
-        if self._state is not None and self._state.mode & _OTHERS_READ:
-            logger.warning(
-                "%s: others than its owner may read it (mode %03o), 600 is expected; chmod it",
-                self._path,
-                self._state.mode,
-            )
-        holders = []
-        for name, given in settings.tenants.items():
-            tenant = given.tenant(name, self._cache_secret)
-            for text in given.keys:
-                holders.append((bytes.fromhex(text.removeprefix(HASH_PREFIX)), tenant))
-        return holders
+        found = read_tenants(self._path, cache_secret=self._cache_secret)
+        exposure = exposed(self._path)
+        if exposure is not None:
+            logger.warning("%s", exposure)
+        return [(digest, tenant) for tenant, digests in found for digest in digests]
 
 
 class _State(NamedTuple):

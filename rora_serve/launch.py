@@ -11,17 +11,16 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
 from adapters import AdapterStore, ResolvedVersion
-from adapters.base_model import cache_folder, chat_template, fingerprint
+from adapters.base_model import cache_folder
 from adapters.errors import AdapterMismatchError, ConfigError, EngineSeamError, RoraError
-from adapters.limits import MAX_LORA_RANK
-from adapters.receipt import BaseShapes, read_base_shapes
+from adapters.receipt import BaseShapes
 from adapters.store import verify
 from rora_serve.admission import Admission
 from rora_serve.catalog import Catalog
@@ -33,35 +32,22 @@ from rora_serve.key_file import KeyFile, kept_secret
 from rora_serve.lifetime import Lifetime
 from rora_serve.limits import Limiter
 from rora_serve.loader import Loader
+from rora_serve.memory import adapter_memory
 from rora_serve.metrics import Levels, Metrics
-from rora_serve.models import ModelDirectory, ServedBase, check_names
+from rora_serve.models import ModelDirectory, ServedBase, check_names, read_base
+from rora_serve.preload import Preloader, PreloadPlan, make_plan
 from rora_serve.request_log import log_to
 from rora_serve.residency import Residents
 from rora_serve.side_process import SideProcess
+from rora_serve.vllm_options import engine_options, is_cpu_build, parse_options
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from vllm.engine.protocol import EngineClient
 
-# vLLM's options, by their names in its parser, that decide how adapters are served or would let a
-# request past the front door: ours to set, in whatever spelling they are given.
-_OWN_OPTIONS = (
-    "api_key", "api_server_count", "config", "default_mm_loras", "enable_lora", "enforce_eager",
-    "fully_sharded_loras", "headless", "host", "lora_dtype", "lora_modules", "lora_target_modules",
-    "max_cpu_loras", "max_lora_rank", "max_loras", "max_num_seqs", "middleware", "model",
-    "model_tag", "port", "uds", "worker_cls",
-)  # fmt: skip
-# vLLM counts adapters on the host and would evict by number; nothing is evicted by number here.
-_MAX_CPU_LORAS = 1_000_000
-# Ours by default, a user's to change.
-_FREE_OPTIONS = ("--dtype", "--kv-cache-memory-bytes", "--served-model-name")
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_GPU_FACTOR_BYTES = 2  # of one number in vLLM's slots, in the dtypes that GPUs serve in
-_MAX_KV_CACHE_BYTES = 2 * 1024**3
 _DEATH_SECONDS = 7.0  # from the engine's death; vLLM ends its server after 5
 _FEW_CORES = 2  # of which none is kept free
 _SHARED_MEMORY_BYTES = 400 * 1024**2
-_BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: list[str]) -> int:
@@ -73,7 +59,9 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
         vllm_options: command-line options for vLLM, as given after `--`.
 
     Raises:
-        ConfigError: an option that is ours to set, or that vLLM refuses.
+        ConfigError: an option that is ours to set, or that vLLM refuses; a name of `preload` or
+            `pin` that is not there, or more of them than fit.
+        PreloadError: one of them can not be served.
         EngineSeamError: the engine came up without our layers; nothing was served.
     """
     _check_shared_memory()
@@ -84,21 +72,26 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     _confirm_platform()
     import uvloop  # noqa: PLC0415  (after the environment is set, which vLLM reads at import)
 
-    arguments = _parse_vllm_options(
-        _engine_options(config, model, base_name, vllm_options), vllm_options
-    )
+    own_options = engine_options(config, model, base_name, vllm_options)
+    arguments = parse_options(own_options, vllm_options)
     store = AdapterStore(config.store)
     names = tuple(arguments.served_model_name)
     check_names(names, store)
-    base = ServedBase(names, fingerprint(model), chat_template(model))
-    shapes = replace(read_base_shapes(model, name=names[0]), other_names=names[1:])
+    base, shapes = read_base(model, names)
     keys = _open_keys(config)
+    capacity = adapter_memory(config.adapter_memory_bytes, model)
+    plan = make_plan(
+        store, preload=config.preload, pin=config.pin, base_names=names, capacity=capacity
+    )
+    if plan.problems:
+        raise ConfigError("; ".join(plan.problems))
+    parts = _Parts(config, base, shapes, store, keys, capacity, plan)
     signal.signal(signal.SIGTERM, _end_start)  # until vLLM installs its own handler
     try:
         with tempfile.TemporaryDirectory(prefix="rora-serve-") as own:
             os.environ[SOCKET_VARIABLE] = str(Path(own, "worker"))
             os.environ["NUMBA_CACHE_DIR"] = str(_kernel_cache(Path(own)))
-            died = uvloop.run(_serve(arguments, _Parts(config, model, base, shapes, store, keys)))
+            died = uvloop.run(_serve(arguments, parts))
     except RoraError:
         raise
     except (RuntimeError, ValueError, OSError) as error:  # what vLLM raises while it starts
@@ -113,19 +106,20 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
 
 @dataclass(frozen=True)
 class _Parts:
-    """What is known before the engine starts."""
+    """What is known before the engine starts.
+
+    Args:
+        capacity: bytes that adapters may take in memory.
+        preload: what is to be there before the server is ready.
+    """
 
     config: ServeConfig
-    model: Path
     base: ServedBase
     shapes: BaseShapes
     store: AdapterStore
     keys: KeyFile | None
-
-    @property
-    def capacity(self) -> int:
-        """Bytes that adapters may take in memory."""
-        return self.config.adapter_memory_bytes or free_memory(self.model) // 4
+    capacity: int
+    preload: PreloadPlan
 
 
 def _open_keys(config: ServeConfig) -> KeyFile | None:
@@ -225,154 +219,12 @@ def _confirm_platform() -> None:
     """
     from vllm.platforms import current_platform  # noqa: PLC0415
 
-    if _is_cpu_build() and type(current_platform).__name__ != "RoraCpuPlatform":
+    if is_cpu_build() and type(current_platform).__name__ != "RoraCpuPlatform":
         raise EngineSeamError(
             f"vLLM runs on {type(current_platform).__name__}, rora-serve's platform is expected; "
             "install rora-serve in this environment and leave VLLM_PLUGINS and "
             "VLLM_TARGET_DEVICE unset"
         )
-
-
-def _engine_options(
-    config: ServeConfig, model: Path, base_name: str, given: list[str]
-) -> list[str]:
-    """Return vLLM's options for this server; those in `given` that users may set are left out."""
-    flags = ["--enable-lora"]
-    options = {
-        "--model": str(model),
-        "--host": config.host,
-        "--port": str(config.port),
-        "--max-num-seqs": str(config.max_num_seqs),
-        "--max-cpu-loras": str(_MAX_CPU_LORAS),
-        "--served-model-name": base_name,
-    }
-    if _is_cpu_build():
-        if not config.compile:
-            flags.append("--enforce-eager")
-        # One slot for every request of a step: no adapter can be skipped or starve. Neither a slot
-        # nor a rank that nothing uses costs anything in our layers.
-        options["--max-loras"] = str(config.max_num_seqs)
-        options["--max-lora-rank"] = str(MAX_LORA_RANK)
-        options["--dtype"] = _cpu_dtype()
-        free = free_memory(model)
-        options["--kv-cache-memory-bytes"] = str(min(free // 4, _MAX_KV_CACHE_BYTES))
-    else:
-        padded = _padded_slots(config, AdapterStore(config.store))
-        print(f"rora-serve: {padded.in_words(model)}", file=sys.stderr)
-        options["--max-loras"] = str(padded.num_slots)
-        options["--max-lora-rank"] = str(padded.rank)
-    names = {option.partition("=")[0].replace("_", "-") for option in given} & set(_FREE_OPTIONS)
-    listed = [
-        part for name, value in options.items() if name not in names for part in (name, value)
-    ]
-    return [*flags, *listed]
-
-
-@dataclass(frozen=True)
-class _PaddedSlots:
-    """What vLLM's own layers, which serve on GPUs, have to be told: every slot has one rank.
-
-    Args:
-        num_slots: adapters in one step at most.
-        rank: of every slot, one that vLLM takes.
-        num_adapters, num_bytes: names in the store, and what their newest versions' tensors take.
-    """
-
-    num_slots: int
-    rank: int
-    num_adapters: int
-    num_bytes: int
-
-    def in_words(self, model: Path) -> str:
-        """Say what padding costs. Cost: reads the headers of the base model."""
-        linear = read_base_shapes(model, name=model.name).linear.values()
-        features = sum(sum(shape) for shape in linear if shape is not None)
-        padded = self.num_slots * self.rank * features * _GPU_FACTOR_BYTES
-        return (
-            f"{self.num_adapters} adapters take {self.num_bytes >> 20} MiB at their own ranks; "
-            f"vLLM's layers pad {self.num_slots} slots to rank {self.rank}, {padded >> 20} MiB"
-        )
-
-
-def _padded_slots(config: ServeConfig, store: AdapterStore) -> _PaddedSlots:
-    """Return the least slots and rank that serve every name of the store.
-
-    Raises: ConfigError: an adapter of a higher rank than vLLM takes.
-    """
-    latest = [record.latest for record in store.names()]
-    largest = max((version.max_rank for version in latest), default=1)
-    if largest > MAX_LORA_RANK:
-        raise ConfigError(
-            f"{store.root}: an adapter has rank {largest}, {MAX_LORA_RANK} is served at most"
-        )
-    return _PaddedSlots(
-        num_slots=max(1, min(config.max_num_seqs, len(latest))),
-        rank=next(rank for rank in _VLLM_RANKS if rank >= largest),
-        num_adapters=len(latest),
-        num_bytes=sum(version.num_bytes for version in latest),
-    )
-
-
-def free_memory(model: Path, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes that this process may still take once the base model is loaded.
-
-    Args: cgroup: where a container's limits stand, of version 2.
-    """
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = int((cgroup / "memory.max").read_text())
-        free = min(free, limit - int((cgroup / "memory.current").read_text()))
-    except (OSError, ValueError):  # no container, or none with a limit
-        pass
-    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    return max(free - weights, free // 8)
-
-
-def _is_cpu_build() -> bool:
-    from vllm.platforms import current_platform  # noqa: PLC0415
-
-    return bool(current_platform.is_cpu())
-
-
-def _cpu_dtype() -> str:
-    """Return the dtype that this processor is fast in: bfloat16 only with instructions for it."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return "auto"
-    return "auto" if any(flag in flags for flag in _BF16_CPU_FLAGS) else "float32"
-
-
-def _parse_vllm_options(own: list[str], given: list[str]) -> argparse.Namespace:
-    """Return vLLM's arguments from our options and those given after `--`.
-
-    Raises: ConfigError: a given option changes one of ours, or vLLM refuses it.
-    """
-    from vllm.entrypoints.launchers.cli_args import (  # noqa: PLC0415
-        make_arg_parser,
-        validate_parsed_serve_args,
-    )
-    from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
-
-    parser = make_arg_parser(FlexibleArgumentParser(prog="rora-serve [..] --"))
-    ours: argparse.Namespace = parser.parse_args(own)
-    arguments: argparse.Namespace = parser.parse_args(own + given)
-    for name in _OWN_OPTIONS:
-        if getattr(arguments, name) != getattr(ours, name):
-            raise ConfigError(
-                f"--{name.replace('_', '-')}: set by rora-serve itself, not after `--`; "
-                "see rora-serve --help"
-            )
-    if arguments.logprobs_mode.endswith("logits"):
-        raise ConfigError(
-            f"--logprobs-mode {arguments.logprobs_mode}: log-probs are expected, which probes of "
-            "adapters are compared with; leave it out"
-        )
-    try:
-        validate_parsed_serve_args(arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"vLLM's options: {error}") from error
-    return arguments
 
 
 async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
@@ -390,7 +242,7 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
     from rora_serve.observed import observe  # noqa: PLC0415
 
     address, sock = setup_server(arguments, reuse_port=False)
-    loader = Loader(Path(os.environ[SOCKET_VARIABLE])) if _is_cpu_build() else None
+    loader = Loader(Path(os.environ[SOCKET_VARIABLE])) if is_cpu_build() else None
     process = SideProcess()
     try:
         async with build_async_engine_client(arguments) as engine:
@@ -406,13 +258,14 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
             stopped = threading.Event()  # after which an engine that is gone did not die
             lifetime = Lifetime(lambda: stopped.is_set() or not engine.errored)
             _note_shutdown(engine, lifetime, stopped)
-            _open_door(app, engine, loader, process, parts, lifetime)
+            preloader = _open_door(app, engine, loader, process, parts, lifetime)
             print(
                 f"rora-serve: {parts.base.names[0]} and {len(parts.store.names())} adapters of "
                 f"{parts.store.root} at {address}",
                 file=sys.stderr,
             )
             lifetime.watch(_end_after_death, within=_DEATH_SECONDS)
+            preloader.begin(lambda: _stop_serving(app, lifetime))
             # vLLM's handlers of signals, which this one takes the place of, come when it begins to
             # serve.
             loop = asyncio.get_running_loop()
@@ -435,8 +288,12 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
                 h11_max_incomplete_event_size=arguments.h11_max_incomplete_event_size,
                 h11_max_header_count=arguments.h11_max_header_count,
             )
-            died = bool(engine.errored) and not stopped.is_set()
+            is_stopped = stopped.is_set()  # by a signal; from here on it is in any case
+            died = bool(engine.errored) and not is_stopped
+            given_up = await preloader.end()
         await shutdown
+        if given_up is not None and not is_stopped:
+            raise given_up
     finally:
         sock.close()
         process.close()
@@ -452,8 +309,8 @@ def _open_door(
     process: SideProcess,
     parts: _Parts,
     lifetime: Lifetime,
-) -> None:
-    """Put everything that requests go through into vLLM's app."""
+) -> Preloader:
+    """Put everything that requests go through into vLLM's app; return what fills its memory."""
     from prometheus_client import REGISTRY  # noqa: PLC0415  (comes with vLLM)
 
     from rora_serve.api.plugin import install  # noqa: PLC0415
@@ -486,6 +343,7 @@ def _open_door(
     metrics = Metrics(base.names[0], read_levels)
     REGISTRY.register(metrics)  # whose content vLLM's /metrics is
     residents = Residents(directory)
+    preloader = Preloader(directory, residents, parts.preload)
     catalog = Catalog(parts.shapes, process)
     intake = Intake(
         parts.store,
@@ -502,7 +360,7 @@ def _open_door(
         intake,
         Views(directory, residents, catalog, quarantine),
         started=int(time.time()),
-        is_ready=lambda: lifetime.is_ready,
+        is_ready=lambda: preloader.is_done and lifetime.is_ready,
         max_upload_bytes=config.max_upload_bytes,
     )
     reception = Reception(
@@ -515,6 +373,13 @@ def _open_door(
         keys=parts.keys,
     )
     install(app, reception, routes)
+    return preloader
+
+
+def _stop_serving(app: "FastAPI", lifetime: Lifetime) -> None:
+    """End `serve_http`, as vLLM does when its engine died."""
+    lifetime.give_up()
+    app.state.server.should_exit = True
 
 
 def _note_shutdown(engine: "EngineClient", lifetime: Lifetime, stopped: threading.Event) -> None:

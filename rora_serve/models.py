@@ -9,11 +9,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from adapters import AdapterStore, ResolvedVersion, Version
+from adapters.base_model import chat_template
 from adapters.digest import CHANGED, base_claim, read_chat_template, version_digest
 from adapters.errors import (
     AdapterMismatchError,
@@ -23,6 +24,7 @@ from adapters.errors import (
     StoreError,
 )
 from adapters.objects import Lease
+from adapters.receipt import BaseShapes, read_base_shapes
 from rora_serve.host_tier import HostTier
 from rora_serve.probing import Prober
 
@@ -82,6 +84,30 @@ class ServedBase:
         if claim is not None and claim.is_of_another(self.fingerprint, self.names):
             return f"it was trained on {claim.name!r}, this is {self.names[0]!r}"
         return None
+
+    def check(self, resolved: ResolvedVersion) -> None:
+        """Refuse a version that is for another base, or whose small files are not what was stored.
+
+        Its weights are checked when they are loaded.
+        Raises: AdapterMismatchError, ArtifactError.
+        """
+        version, folder = resolved.version, resolved.folder
+        reason = self.mismatch(folder)
+        if reason is not None:
+            raise AdapterMismatchError(reason)
+        if version_digest(version.weights_digest, folder) != version.digest:
+            raise ArtifactError(f"{folder}: {CHANGED}")
+
+
+def read_base(folder: Path, names: Sequence[str]) -> tuple[ServedBase, BaseShapes]:
+    """Return a base model that is to be served, and its layers.
+
+    Args: names: what requests call it; the first is its name.
+    Raises and cost: as `read_base_shapes`.
+    """
+    name, *others = names
+    shapes = replace(read_base_shapes(folder, name=name), other_names=tuple(others))
+    return ServedBase(tuple(names), shapes.fingerprint, chat_template(folder)), shapes
 
 
 def check_names(base_names: Sequence[str], store: AdapterStore) -> None:
@@ -184,7 +210,7 @@ class ModelDirectory:
             self._end_running(resolved)
             await self._dismiss_unused(weights)
             if isinstance(error, ArtifactError):
-                reason = _without_place(str(error), resolved.folder)
+                reason = without_place(str(error), resolved.folder)
                 is_known = isinstance(error, QuarantinedError)
                 kind = QuarantinedError if is_known else AdapterMismatchError
                 raise kind(f"{resolved.public_id}: {reason}") from error
@@ -272,7 +298,7 @@ class ModelDirectory:
     def _checked(self, resolved: ResolvedVersion) -> Lease | None:
         lease = self._lease(resolved)
         try:
-            self._check_version(resolved)
+            self._base.check(resolved)
         except BaseException:
             if lease is not None:
                 lease.release()
@@ -286,18 +312,6 @@ class ModelDirectory:
             # A store that is mounted to be read: whoever writes it has to know what runs.
             logger.warning("no lease on %s: %s", resolved.public_id, error)
             return None
-
-    def _check_version(self, resolved: ResolvedVersion) -> None:
-        """Refuse a version that is for another base, or whose small files are not what was stored.
-
-        Its weights are checked when they are loaded.
-        """
-        version, folder = resolved.version, resolved.folder
-        reason = self._base.mismatch(folder)
-        if reason is not None:
-            raise AdapterMismatchError(reason)
-        if version_digest(version.weights_digest, folder) != version.digest:
-            raise ArtifactError(f"{folder}: {CHANGED}")
 
     async def _drop(self, keys: list[str]) -> None:
         for weights in keys:
@@ -319,6 +333,6 @@ class ModelDirectory:
                 await asyncio.to_thread(lease.release)
 
 
-def _without_place(text: str, folder: Path) -> str:
+def without_place(text: str, folder: Path) -> str:
     """Return an error's text as clients may see it: where the store lies is not their business."""
     return text.replace(f"{folder}/", "").replace(str(folder), "the adapter")

@@ -30,6 +30,11 @@ _MAX_ASKED = 2
 _MAX_BASE_ANSWERS = 256  # a few KB each; most adapters' probes ask the same
 
 
+def base_in_build(fingerprint: str) -> str:
+    """Return the last words of every engine build that runs the base model of this fingerprint."""
+    return f"base {fingerprint[:12]}"
+
+
 class Prober:
     """Compares what the engine answers with what each version's probe says.
 

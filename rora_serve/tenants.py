@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from adapters.errors import AuthenticationError, ConfigError
 from adapters.names import is_name
 from adapters.problems import shown
+from rora_serve.name_patterns import matches_any
 
 HASH_PREFIX = "sha256:"
 _KEY_BYTES = 32
@@ -62,15 +63,15 @@ class Tenant:
 
     def may_use(self, name: str) -> bool:
         """Tell whether requests may go to the adapter of this name; versions have no part in it."""
-        return _matches_any(self.use, name)
+        return matches_any(self.use, name)
 
     def may_upload(self, name: str) -> bool:
         """Tell whether versions of this name may be added."""
-        return _matches_any(self.upload, name)
+        return matches_any(self.upload, name)
 
     def may_manage(self, name: str) -> bool:
         """Tell whether aliases may be moved, versions loaded, unloaded, pinned and deleted."""
-        return _matches_any(self.manage, name)
+        return matches_any(self.manage, name)
 
     @property
     def is_operator(self) -> bool:
@@ -80,31 +81,6 @@ class Tenant:
 
 # Who asks where there is no key file: all rights, no limits, one cache.
 EVERYBODY = Tenant("everybody", use=("*",), upload=("*",), manage=("*",))
-
-
-def _matches_any(patterns: Sequence[str], name: str) -> bool:
-    return any(_matches(pattern, name) for pattern in patterns)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Tell whether a pattern stands for all of `name`, character by character but for `*`.
-
-    What stands between two `*` is looked for from left to right: no name makes that slow, as it
-    may a regular expression.
-    """
-    first, *rest = pattern.split("*")
-    if not rest:
-        return pattern == name
-    *between, last = rest
-    if not name.startswith(first):
-        return False
-    at = len(first)
-    for part in between:
-        found = name.find(part, at)
-        if found < 0:
-            return False
-        at = found + len(part)
-    return name.endswith(last, at)
 
 
 def presented_key(headers: Sequence[tuple[bytes, bytes]]) -> str | None:

@@ -52,7 +52,10 @@ def test_the_packages_are_ours() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["store", "add", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["store", "add", "--help"], ["validate", "--help"]],
+)
 def test_help_loads_nothing_heavy(command: str, arguments: list[str]) -> None:
     """What makes help answer at once."""
     module = COMMANDS[command].__module__

@@ -63,7 +63,7 @@ def make_router(
 
     @router.get("/ready", response_class=Response, responses={503: {"description": _AWAY}})
     async def ready() -> Response:
-        """200 while requests are wanted; 503 once the server is to stop, or its engine died."""
+        """200 while requests are wanted; else 503."""
         return Response(status_code=200 if is_ready() else 503)
 
     @router.get("/v1/models", response_model=ModelList, responses=answers())
@@ -104,7 +104,7 @@ def make_router(
     return router
 
 
-_AWAY = "The server is stopping, or its engine died."
+_AWAY = "Adapters are still being preloaded, the server is stopping, or its engine died."
 
 
 def _base_card(name: str, started: int) -> ModelCard:

@@ -23,6 +23,7 @@ from rora_serve.lifetime import Lifetime
 from rora_serve.limits import Limiter
 from rora_serve.metrics import Levels, Metrics
 from rora_serve.models import ModelDirectory, ServedAdapter, ServedBase
+from rora_serve.preload import Preloader
 from rora_serve.residency import Residents
 from rora_serve.side_process import SideProcess
 from tests.adapters.hostile.build import QUERY, VALUE, change_keys, right
@@ -88,6 +89,7 @@ class AdapterServer:
     quarantined: dict[str, str] = field(default_factory=dict)  # reasons by version digest
     tenant: Caller | None = None
     is_alive: bool = True
+    preloader: Preloader | None = None
 
     def __post_init__(self) -> None:
         base = ServedBase((BASE,), SHAPES.fingerprint, None)
@@ -121,7 +123,7 @@ class AdapterServer:
             self.intake,
             views,
             started=7,
-            is_ready=lambda: self.lifetime.is_ready,
+            is_ready=self._is_ready,
             max_upload_bytes=MAX_UPLOAD_BYTES,
             unload_seconds=UNLOAD_SECONDS,
         )
@@ -129,6 +131,9 @@ class AdapterServer:
         self.app.router.routes[:0] = self.routes
         self.app.add_middleware(FrontDoor)
         setattr(self.app.state, RECEPTION_STATE, make_reception(self.directory, self.lifetime))
+
+    def _is_ready(self) -> bool:
+        return self.lifetime.is_ready and (self.preloader is None or self.preloader.is_done)
 
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Ask as the tenant that is set; every task that this starts has it."""

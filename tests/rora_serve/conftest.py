@@ -66,6 +66,7 @@ RANK_BEFORE_ALLOCATION = 2
 NUM_RAGGED = 3
 # Few tokens a step, so that long prompts come in pieces beside others' steps.
 CHUNK = ("--max-num-batched-tokens", "256")
+PRELOADED = ("--pin", "pruned", "--preload", "allocated@latest", "--preload", "rora-*")
 
 
 def make_ragged_adapter(folder: Path, base: Path, *, seed: int) -> Path:
@@ -224,7 +225,8 @@ def store(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) -
 @pytest.fixture(scope="package")
 def server(store: AdapterStore) -> Iterator[Server]:
     port = free_port()
-    command = our_command(store.root, port, ("--drain-seconds", "300"), vllm_options=CHUNK)
+    own = (*PRELOADED, "--drain-seconds", "300")
+    command = our_command(store.root, port, own, vllm_options=CHUNK)
     with running(command, port, store.root.with_name("log")) as server:
         yield server
         check_soft_stop(server, "lora-8")

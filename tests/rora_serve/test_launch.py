@@ -1,79 +1,17 @@
-"""What vLLM is told, on CPUs and on GPUs, where our layers step aside."""
+"""How adapters get into an engine that is not on a CPU, where our layers step aside."""
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.lora.request import LoRARequest
 
-from adapters import AdapterConfig, AdapterStore
-from adapters.errors import AdapterMismatchError, ConfigError
+from adapters.errors import AdapterMismatchError
 from rora_serve import launch
-from rora_serve.config import ServeConfig
-from tests.conftest import LINEAR
-from tests.workloads import make_random_adapter
+from tests.rora_serve.adapter_server import Place
 
 
-@pytest.fixture
-def store(tmp_path: Path, tiny_model: Path) -> AdapterStore:
-    store = AdapterStore(tmp_path / "store")
-    for rank in (3, 20):
-        folder = make_random_adapter(
-            tmp_path / f"rank-{rank}",
-            tiny_model,
-            config=AdapterConfig(rank, 8, target_modules=LINEAR),
-            modules=LINEAR,
-            seed=rank,
-        )
-        store.add(folder, name=folder.name)
-    return store
-
-
-def options(store: AdapterStore, model: Path, **settings: Any) -> dict[str, str | None]:
-    config = ServeConfig(store=store.root, **settings)
-    given = launch._engine_options(config, model, "base", [])
-    flags = [part for part in given if part.startswith("--")]
-    return {
-        flag: None if index + 1 == len(given) or given[index + 1] in flags else given[index + 1]
-        for index, flag in ((given.index(flag), flag) for flag in flags)
-    }
-
-
-@pytest.mark.parametrize("is_compiled", [False, True])
-def test_on_cpus_slots_and_ranks_are_nobodys_business(
-    store: AdapterStore, tiny_model: Path, is_compiled: bool
-) -> None:
-    told = options(store, tiny_model, max_num_seqs=32, compile=is_compiled)
-    assert told["--max-loras"] == told["--max-num-seqs"] == "32"
-    assert told["--max-lora-rank"] == "512"
-    assert ("--enforce-eager" in told) is not is_compiled
-
-
-def test_on_gpus_limits_come_from_the_store_and_padding_is_told(
-    store: AdapterStore,
-    tiny_model: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(launch, "_is_cpu_build", lambda: False)
-    told = options(store, tiny_model, max_num_seqs=32)
-    assert (told["--max-loras"], told["--max-lora-rank"]) == ("2", "32")
-    assert "--enforce-eager" not in told
-    assert "--dtype" not in told
-    # Into and out of the linear layers of two layers, and of the head, in two bytes a number.
-    features = 2 * (2 * 96 + 2 * 72 + 3 * 128) + 48 + 49_152
-    padded = 2 * 32 * features * 2
-    said = capsys.readouterr().err
-    assert "2 adapters take 0 MiB at their own ranks" in said
-    assert f"pad 2 slots to rank 32, {padded >> 20} MiB" in said
-    empty = AdapterStore(store.root / "empty")
-    assert options(empty, tiny_model)["--max-loras"] == "1"
-
-
-def test_on_gpus_vllm_loads_and_drops_adapters_itself(
-    store: AdapterStore,
-) -> None:
+def test_on_gpus_vllm_loads_and_drops_adapters_itself(place: Place) -> None:
     class Engine:
         """Stands for vLLM on a GPU, which is not here."""
 
@@ -92,7 +30,9 @@ def test_on_gpus_vllm_loads_and_drops_adapters_itself(
     async def run() -> None:
         engine: Any = Engine()
         adapters = launch._Adapters(engine, None)
-        first, second = (store.resolve(name) for name in ("rank-3", "rank-20"))
+        first, second = (
+            place.store.resolve(f"a@{digest}") for digest in (place.first, place.second)
+        )
         assert await adapters.load(5, first) == first.version.num_bytes
         assert engine.loras[5].lora_path == str(first.folder)
         assert engine.loras[5].lora_name == first.version.weights_digest
@@ -106,34 +46,3 @@ def test_on_gpus_vllm_loads_and_drops_adapters_itself(
         assert engine.loras == {}
 
     asyncio.run(run())
-
-
-def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
-    model, cgroup = tmp_path / "model", tmp_path / "cgroup"
-    for folder in (model, cgroup):
-        folder.mkdir()
-    (model / "model.safetensors").write_bytes(bytes(1000))
-    without = launch.free_memory(model, cgroup)
-    (cgroup / "memory.max").write_text("max\n")
-    (cgroup / "memory.current").write_text("3000\n")
-    assert launch.free_memory(model, cgroup) == pytest.approx(without, rel=0.2)
-    (cgroup / "memory.max").write_text("10000\n")
-    assert launch.free_memory(model, cgroup) == 6000
-
-
-def test_a_rank_that_vllm_does_not_take_is_refused_at_the_start(
-    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "MAX_LORA_RANK", 16)
-    with pytest.raises(ConfigError, match="an adapter has rank 20, 16 is served at most"):
-        launch._padded_slots(ServeConfig(store=store.root), store)
-
-
-def test_logits_in_the_place_of_log_probs_are_refused(tiny_model: Path) -> None:
-    """No probe could be compared with them; log-probs in another way can."""
-    own = ["--model", str(tiny_model)]
-    parsed = launch._parse_vllm_options(own, ["--logprobs-mode", "processed_logprobs"])
-    assert parsed.logprobs_mode == "processed_logprobs"
-    for mode in ("raw_logits", "processed_logits"):
-        with pytest.raises(ConfigError, match=f"--logprobs-mode {mode}: log-probs are expected"):
-            launch._parse_vllm_options(own, ["--logprobs-mode", mode])

@@ -1,5 +1,6 @@
 """What a real engine serves equals what PEFT computes; stock vLLM is the control that must fail."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from tests.rora_serve.conftest import (
     Oracle,
 )
 from tests.rora_serve.serving import (
+    START_SECONDS,
     Server,
     ask_together,
     free_port,
@@ -223,6 +225,21 @@ def test_an_adapter_that_does_not_fit_fails_its_own_requests_only(
         assert client.completions.create(model=BASE, prompt="Hi", max_tokens=1).choices
 
 
+def test_what_is_preloaded_is_in_memory_when_the_server_is_ready(server: Server) -> None:
+    """Both that brought a probe and those that did not."""
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        while client.get("/ready").status_code == 503:
+            time.sleep(0.2)
+        assert client.get("/ready").status_code == 200
+        (pinned,) = client.get("/v1/adapters/pruned").json()["versions"]
+        assert (pinned["tier"], pinned["is_pinned"]) == ("slot", True)
+        for name in ("allocated", "rora-32"):
+            (version,) = client.get(f"/v1/adapters/{name}").json()["versions"]
+            assert (version["tier"] != "store", version["is_pinned"]) == (True, False)
+    log = server.log.read_text(errors="replace")
+    assert "rora-serve: ready; adapters in memory: 3, of which pinned: 1" in log
+
+
 def _edited(folder: Path, copy: Path) -> Path:
     shutil.copytree(folder, copy)
     config = copy / "adapter_config.json"
@@ -289,3 +306,24 @@ def test_a_server_without_our_layers_never_starts(store: AdapterStore) -> None:
     )  # fmt: skip
     assert result.returncode == 1
     assert "rora-serve's platform is expected" in result.stderr.splitlines()[-1]
+
+
+def test_a_start_that_can_not_have_what_it_names_fails(
+    adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """With a line that says which adapter and why, the last of ours."""
+    foreign = tmp_path / "foreign"
+    shutil.copytree(adapters["rora-32"], foreign)
+    claim = {"name": "another", "fingerprint": "0"}
+    (foreign / "rora.json").write_text(json.dumps({"format": 1, "base_model": claim}))
+    store = AdapterStore(tmp_path / "store")
+    store.add(adapters["lora-8"], name="good")
+    version = store.add(foreign, name="foreign")
+    result = subprocess.run(
+        our_command(store.root, free_port(), ["--preload", "good", "--pin", "foreign"]),
+        capture_output=True, text=True, timeout=START_SECONDS, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    *_, last = (line for line in result.stderr.splitlines() if line.startswith("rora-serve: "))
+    assert last.startswith("rora-serve: --preload and --pin: 1 of 2 adapters can not be served: ")
+    assert f"{version.public_id}: it was trained on 'another'" in last

@@ -1,0 +1,87 @@
+"""What vLLM is told, on CPUs and on GPUs, where our layers step aside."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters import AdapterConfig, AdapterStore
+from adapters.errors import ConfigError
+from rora_serve import vllm_options
+from rora_serve.config import ServeConfig
+from tests.conftest import LINEAR
+from tests.workloads import make_random_adapter
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny_model: Path) -> AdapterStore:
+    store = AdapterStore(tmp_path / "store")
+    for rank in (3, 20):
+        folder = make_random_adapter(
+            tmp_path / f"rank-{rank}",
+            tiny_model,
+            config=AdapterConfig(rank, 8, target_modules=LINEAR),
+            modules=LINEAR,
+            seed=rank,
+        )
+        store.add(folder, name=folder.name)
+    return store
+
+
+def options(store: AdapterStore, model: Path, **settings: Any) -> dict[str, str | None]:
+    config = ServeConfig(store=store.root, **settings)
+    given = vllm_options.engine_options(config, model, "base", [])
+    flags = [part for part in given if part.startswith("--")]
+    return {
+        flag: None if index + 1 == len(given) or given[index + 1] in flags else given[index + 1]
+        for index, flag in ((given.index(flag), flag) for flag in flags)
+    }
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_on_cpus_slots_and_ranks_are_nobodys_business(
+    store: AdapterStore, tiny_model: Path, is_compiled: bool
+) -> None:
+    told = options(store, tiny_model, max_num_seqs=32, compile=is_compiled)
+    assert told["--max-loras"] == told["--max-num-seqs"] == "32"
+    assert told["--max-lora-rank"] == "512"
+    assert ("--enforce-eager" in told) is not is_compiled
+
+
+def test_on_gpus_limits_come_from_the_store_and_padding_is_told(
+    store: AdapterStore,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(vllm_options, "is_cpu_build", lambda: False)
+    told = options(store, tiny_model, max_num_seqs=32)
+    assert (told["--max-loras"], told["--max-lora-rank"]) == ("2", "32")
+    assert "--enforce-eager" not in told
+    assert "--dtype" not in told
+    # Into and out of the linear layers of two layers, and of the head, in two bytes a number.
+    features = 2 * (2 * 96 + 2 * 72 + 3 * 128) + 48 + 49_152
+    padded = 2 * 32 * features * 2
+    said = capsys.readouterr().err
+    assert "2 adapters take 0 MiB at their own ranks" in said
+    assert f"pad 2 slots to rank 32, {padded >> 20} MiB" in said
+    empty = AdapterStore(store.root / "empty")
+    assert options(empty, tiny_model)["--max-loras"] == "1"
+
+
+def test_a_rank_that_vllm_does_not_take_is_refused_at_the_start(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_options, "MAX_LORA_RANK", 16)
+    with pytest.raises(ConfigError, match="an adapter has rank 20, 16 is served at most"):
+        vllm_options.padded_slots(ServeConfig(store=store.root), store)
+
+
+def test_logits_in_the_place_of_log_probs_are_refused(tiny_model: Path) -> None:
+    """No probe could be compared with them; log-probs in another way can."""
+    own = ["--model", str(tiny_model)]
+    parsed = vllm_options.parse_options(own, ["--logprobs-mode", "processed_logprobs"])
+    assert parsed.logprobs_mode == "processed_logprobs"
+    for mode in ("raw_logits", "processed_logits"):
+        with pytest.raises(ConfigError, match=f"--logprobs-mode {mode}: log-probs are expected"):
+            vllm_options.parse_options(own, ["--logprobs-mode", mode])
