@@ -11,6 +11,7 @@ from adapters.limits import MAX_LORA_RANK
 from adapters.receipt import read_base_shapes
 from rora_serve.config import ServeConfig
 from rora_serve.memory import free_memory
+from rora_serve.tool_parsers import tool_parser_of
 
 # vLLM's options, by their names in its parser, that decide how adapters are served or would let a
 # request past the front door: ours to set, in whatever spelling they are given.
@@ -23,7 +24,8 @@ _OWN_OPTIONS = (
 # vLLM counts adapters on the host and would evict by number; nothing is evicted by number here.
 _MAX_CPU_LORAS = 1_000_000
 # Ours by default, a user's to change.
-_FREE_OPTIONS = ("--dtype", "--kv-cache-memory-bytes", "--served-model-name")
+_TOOL_PARSER = "--tool-call-parser"
+_FREE_OPTIONS = frozenset({"--dtype", "--kv-cache-memory-bytes", "--served-model-name"})
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _GPU_FACTOR_BYTES = 2  # of one number in vLLM's slots, in the dtypes that GPUs serve in
 _MAX_KV_CACHE_BYTES = 2 * 1024**3
@@ -56,9 +58,17 @@ def engine_options(config: ServeConfig, model: Path, base_name: str, given: list
         print(f"rora-serve: {padded.in_words(model)}", file=sys.stderr)
         options["--max-loras"] = str(padded.num_slots)
         options["--max-lora-rank"] = str(padded.rank)
-    names = {option.partition("=")[0].replace("_", "-") for option in given} & set(_FREE_OPTIONS)
+    names = {option.partition("=")[0].replace("_", "-") for option in given}
+    parser = tool_parser_of(model)
+    # Whoever gives another chat template knows what the model is to write.
+    if parser is not None and not names & {_TOOL_PARSER, "--chat-template"}:
+        flags.append("--enable-auto-tool-choice")
+        options[_TOOL_PARSER] = parser
     listed = [
-        part for name, value in options.items() if name not in names for part in (name, value)
+        part
+        for name, value in options.items()
+        if name not in names & _FREE_OPTIONS
+        for part in (name, value)
     ]
     return [*flags, *listed]
 

@@ -1,5 +1,6 @@
 """What vLLM is told, on CPUs and on GPUs, where our layers step aside."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,20 @@ def test_logits_in_the_place_of_log_probs_are_refused(tiny_model: Path) -> None:
     for mode in ("raw_logits", "processed_logits"):
         with pytest.raises(ConfigError, match=f"--logprobs-mode {mode}: log-probs are expected"):
             vllm_options.parse_options(own, ["--logprobs-mode", mode])
+
+
+def test_tools_are_called_by_themselves_where_the_models_format_is_known(
+    store: AdapterStore, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert "--tool-call-parser" not in options(store, tiny_model)
+    model = tmp_path / "with tools"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").write_text("{{ tools }}<tool_call>{{ messages }}")
+    told = options(store, model)
+    assert told["--tool-call-parser"] == "hermes"
+    assert "--enable-auto-tool-choice" in told
+    for given in (["--tool-call-parser=mistral"], ["--chat_template", "another.jinja"]):
+        config = ServeConfig(store=store.root)
+        listed = vllm_options.engine_options(config, model, "base", given)
+        assert "--tool-call-parser" not in listed
+        assert "--enable-auto-tool-choice" not in listed
