@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import vllm
+import zmq
 from torch import Tensor, nn
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.model_executor.layers.linear import LinearBase
@@ -22,6 +23,8 @@ from adapters.artifact import Kind
 from adapters.errors import EngineSeamError
 
 TESTED_VERSIONS = ("0.32.",)
+
+_MAX_WAKE_UPS = 1000  # that a process was not told of yet; it takes the last one for all
 
 
 def check_vllm_version() -> None:
@@ -41,8 +44,24 @@ def sleep_between_messages() -> None:
 
     By default a process that had one within a second looks for the next one again and again. Where
     every core computes, that takes a third of one from the threads that the message is made by.
+
+    Who sleeps has to be woken for each message. vLLM's socket holds one wake-up, and zmq looks once
+    a millisecond whether it was taken: of two messages within one the second woke nobody, and was
+    found when the reader looked by itself, 5 s later. So the socket gets room for more.
     """
-    SpinCondition.__init__.__defaults__ = (0,)  # busy_loop_s, which nobody gives
+    condition_type: Any = SpinCondition
+    make = condition_type.__init__
+    make.__defaults__ = (0,)  # busy_loop_s, which nobody gives
+
+    def make_with_room(condition: Any, **options: Any) -> None:
+        make(condition, **options)
+        if not condition.is_reader:
+            socket, address = condition.local_notify_socket, options["notify_address"]
+            socket.unbind(address)  # a limit holds for what is bound after it is set
+            socket.setsockopt(zmq.SNDHWM, _MAX_WAKE_UPS)
+            socket.bind(address)
+
+    condition_type.__init__ = make_with_room
 
 
 def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], Any]) -> None:
