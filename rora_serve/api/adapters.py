@@ -21,29 +21,18 @@ from rora_serve.api.views import Views, check_manageable, check_visible
 from rora_serve.models import ModelDirectory
 from rora_serve.residency import Residents
 
-UNLOAD_SECONDS = 30.0  # that an unload waits for running requests
-
 Name = Annotated[str, Path(description="name of an adapter")]
 VersionQuery = Annotated[
     str | None, Query(description="alias or sha256:<at least 12 digits> of a version")
 ]
 
 
-def make_adapter_router(
-    directory: ModelDirectory,
-    residents: Residents,
-    views: Views,
-    *,
-    unload_seconds: float = UNLOAD_SECONDS,
-) -> APIRouter:
-    """Return the routes below /v1/adapters, but for the upload.
-
-    Args: unload_seconds: that an unload waits for running requests.
-    """
+def make_adapter_router(directory: ModelDirectory, residents: Residents, views: Views) -> APIRouter:
+    """Return the routes below /v1/adapters, but for the upload."""
     router = APIRouter(route_class=OurRoute, prefix="/v1/adapters", tags=["adapters"])
     _add_reading(router, views)
     _add_aliases(router, directory, views)
-    _add_residency(router, residents, views, unload_seconds)
+    _add_residency(router, residents, views)
     _add_removal(router, residents, views)
     return router
 
@@ -87,9 +76,7 @@ def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> 
         return await views.card(name)
 
 
-def _add_residency(
-    router: APIRouter, residents: Residents, views: Views, unload_seconds: float
-) -> None:
+def _add_residency(router: APIRouter, residents: Residents, views: Views) -> None:
     @router.post("/{name}/load", responses=answers(404, 413, 422))
     async def load(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Bring a version, else the latest, into memory, as its first request would."""
@@ -107,7 +94,7 @@ def _add_residency(
         check_manageable(name)
         record = await views.record(name)
         versions = record.versions if version is None else [record.find(version)]
-        await residents.unload(name, versions, within=unload_seconds)
+        await residents.unload(name, versions)
         return await views.card(name)
 
     @router.put("/{name}/pin", responses=answers(404, 409, 413, 422))

@@ -8,7 +8,7 @@ from starlette.routing import BaseRoute
 
 from adapters import NameRecord
 from adapters.errors import AdapterNotFoundError
-from rora_serve.api.adapters import UNLOAD_SECONDS, make_adapter_router
+from rora_serve.api.adapters import make_adapter_router
 from rora_serve.api.errors import Refusal, model_not_found
 from rora_serve.api.front_door import current_tenant
 from rora_serve.api.lora_routes import make_lora_router
@@ -30,7 +30,6 @@ def make_routes(
     started: int,
     is_alive: Callable[[], bool],
     max_upload_bytes: int,
-    unload_seconds: float = UNLOAD_SECONDS,
 ) -> list[BaseRoute]:
     """Return every route of ours, and the one of the document that describes them.
 
@@ -38,13 +37,12 @@ def make_routes(
         started: the server's start in seconds since the epoch.
         is_alive: whether the engine still runs.
         max_upload_bytes: of a body.
-        unload_seconds: that an unload waits for running requests.
     """
     routers = (
         make_router(directory, started=started, is_alive=is_alive),
-        make_adapter_router(directory, residents, views, unload_seconds=unload_seconds),
+        make_adapter_router(directory, residents, views),
         make_upload_router(intake, views, max_upload_bytes=max_upload_bytes),
-        make_lora_router(directory, residents, intake, unload_seconds=unload_seconds),
+        make_lora_router(directory, residents, intake),
     )
     routes = [route for router in routers for route in router.routes]
     return [*routes, document_route(routes)]

@@ -91,7 +91,7 @@ class AdapterServer:
     def __post_init__(self) -> None:
         base = ServedBase((BASE,), SHAPES.fingerprint, None)
         self.directory = ModelDirectory(base, self.store, self.engine, capacity=self.capacity)
-        self.residents = Residents(self.directory)
+        self.residents = Residents(self.directory, unload_seconds=UNLOAD_SECONDS)
         self.catalog = Catalog(SHAPES, self.process)
 
         async def admit(resolved: ResolvedVersion) -> None:
@@ -121,7 +121,6 @@ class AdapterServer:
             started=7,
             is_alive=lambda: self.is_alive,
             max_upload_bytes=MAX_UPLOAD_BYTES,
-            unload_seconds=UNLOAD_SECONDS,
         )
         self.app = FastAPI(openapi_url=None)
         self.app.router.routes[:0] = self.routes
