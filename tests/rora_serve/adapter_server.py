@@ -25,6 +25,7 @@ from rora_serve.models import ModelDirectory, ServedAdapter, ServedBase
 from rora_serve.residency import Residents
 from rora_serve.side_process import SideProcess
 from tests.adapters.hostile.build import QUERY, VALUE, change_keys, right
+from tests.rora_serve.reaching import client_of
 
 BASE = "base"
 SHAPES = BaseShapes(
@@ -127,12 +128,15 @@ class AdapterServer:
         self.app.add_middleware(FrontDoor)
         setattr(self.app.state, RECEPTION_STATE, make_reception(self.directory))
 
+    def ask_for_keys(self, keys: KeyFile) -> None:
+        """Let in only who has a key, from now on."""
+        setattr(self.app.state, RECEPTION_STATE, make_reception(self.directory, keys=keys))
+
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Ask as the tenant that is set; every task that this starts has it."""
         token = None if self.tenant is None else current_tenant.set(self.tenant)
         try:
-            transport = httpx.ASGITransport(app=self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            async with client_of(self.app) as client:
                 return await client.request(method, path, **options)
         finally:
             if token is not None:
