@@ -53,7 +53,7 @@ def _add_reading(router: APIRouter, views: Views) -> None:
 def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> None:
     store = directory.store
 
-    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404, 413))
+    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404))
     async def set_alias(name: Name, alias: str, body: AliasBody) -> AdapterCard:
         """Let an alias mean a version; running requests end on the one they began with."""
         check_manageable(name)
@@ -61,7 +61,7 @@ def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> 
         await asyncio.to_thread(store.set_alias, f"{name}@{body.version}", alias)
         return await views.card(name)
 
-    @router.post("/{name}/rollback", responses=answers(400, 404, 409, 413))
+    @router.post("/{name}/rollback", responses=answers(400, 404, 409))
     async def roll_back(
         name: Name, body: Annotated[RollbackBody | None, Body()] = None
     ) -> AdapterCard:
@@ -77,7 +77,7 @@ def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> 
 
 
 def _add_residency(router: APIRouter, residents: Residents, views: Views) -> None:
-    @router.post("/{name}/load", responses=answers(404, 413, 422))
+    @router.post("/{name}/load", responses=answers(404, 422))
     async def load(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Bring a version, else the latest, into memory, as its first request would."""
         check_manageable(name)
@@ -85,7 +85,7 @@ def _add_residency(router: APIRouter, residents: Residents, views: Views) -> Non
         await residents.load(_reference(name, version))
         return await views.card(name)
 
-    @router.post("/{name}/unload", responses=answers(404, 409, 413))
+    @router.post("/{name}/unload", responses=answers(404, 409))
     async def unload(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Free the memory of a version, else of all of the name, once its requests have ended.
 
@@ -97,7 +97,7 @@ def _add_residency(router: APIRouter, residents: Residents, views: Views) -> Non
         await residents.unload(name, versions)
         return await views.card(name)
 
-    @router.put("/{name}/pin", responses=answers(404, 409, 413, 422))
+    @router.put("/{name}/pin", responses=answers(404, 409, 422))
     async def pin(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Bring a version, else the latest, into memory and keep it there."""
         check_manageable(name)
@@ -105,7 +105,7 @@ def _add_residency(router: APIRouter, residents: Residents, views: Views) -> Non
         await residents.pin(_reference(name, version))
         return await views.card(name)
 
-    @router.delete("/{name}/pin", responses=answers(404, 413))
+    @router.delete("/{name}/pin", responses=answers(404))
     async def unpin(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Let a version, else all of the name, make room for others again."""
         check_manageable(name)
@@ -116,7 +116,7 @@ def _add_residency(router: APIRouter, residents: Residents, views: Views) -> Non
 
 
 def _add_removal(router: APIRouter, residents: Residents, views: Views) -> None:
-    @router.delete("/{name}", responses=answers(400, 404, 409, 413))
+    @router.delete("/{name}", responses=answers(400, 404, 409))
     async def remove(
         name: Annotated[
             str, Path(description="of an adapter, or name@sha256:<at least 12 digits>, name@alias")

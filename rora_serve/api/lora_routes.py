@@ -51,7 +51,7 @@ def make_lora_router(directory: ModelDirectory, residents: Residents, intake: In
     @router.post(
         "/load_lora_adapter",
         response_class=PlainTextResponse,
-        responses=answers(400, 403, 404, 413, 422, 507, **vllm),
+        responses=answers(400, 403, 404, 422, 507, **vllm),
     )
     async def load_lora_adapter(body: LoadLoraBody) -> Response:
         """Import a folder below one of the server's import folders under a name, and load it.
@@ -70,7 +70,7 @@ def make_lora_router(directory: ModelDirectory, residents: Residents, intake: In
     @router.post(
         "/unload_lora_adapter",
         response_class=PlainTextResponse,
-        responses=answers(400, 404, 409, 413, **vllm),
+        responses=answers(400, 404, 409, **vllm),
     )
     async def unload_lora_adapter(body: UnloadLoraBody) -> Response:
         """Free the memory of all versions of a name; its next request loads it again."""

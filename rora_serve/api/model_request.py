@@ -10,7 +10,7 @@ from rora_serve.api.asgi import Header
 from rora_serve.tenants import Tenant
 
 DEADLINE_HEADER = b"x-rora-deadline-ms"
-_MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_DEADLINE_MS = 24 * 3600 * 1000
 # Settings of vLLM's scheduler, transfers and logs, which are the server's.
 _NOT_FOR_CLIENTS = ("priority", "kv_transfer_params", "vllm_xargs", "session_id", "request_id")
 _HEADERS_NOT_FOR_CLIENTS = frozenset(
@@ -134,11 +134,11 @@ def deadline_seconds(headers: Sequence[Header]) -> float | None:
     text = values[0].decode("latin-1")
     if len(values) == 1 and text.isascii() and text.isdigit() and len(text) <= 8:
         milliseconds = int(text)
-        if 1 <= milliseconds <= _MAX_DEADLINE_MS:
+        if 1 <= milliseconds <= MAX_DEADLINE_MS:
             return milliseconds / 1000
     raise ValueError(
         f"{DEADLINE_HEADER.decode()}: found {text[:20]!r}, one whole number of milliseconds from 1 "
-        f"to {_MAX_DEADLINE_MS} is expected"
+        f"to {MAX_DEADLINE_MS} is expected"
     )
 
 
