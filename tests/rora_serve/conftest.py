@@ -18,6 +18,7 @@ from rora_serve.side_process import SideProcess
 from tests.conftest import LINEAR
 from tests.reference import ATOL
 from tests.rora_serve.adapter_server import Place, make_place
+from tests.rora_serve.node_client import NodeClient, install
 from tests.rora_serve.serving import Continuation, Server, free_port, our_command, running
 from tests.workloads import make_random_adapter
 from trainer.allocation import trained_config
@@ -59,6 +60,8 @@ RANK_BEFORE_ALLOCATION = 2
 NUM_RAGGED = 3
 # Few tokens a step, so that long prompts come in pieces beside others' steps.
 CHUNK = ("--max-num-batched-tokens", "256")
+# By which vLLM reads tools' calls; those that `tool_choice` asks for are structured output.
+TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 
 def make_ragged_adapter(folder: Path, base: Path, *, seed: int) -> Path:
@@ -217,7 +220,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) -
 @pytest.fixture(scope="package")
 def server(store: AdapterStore) -> Iterator[Server]:
     port = free_port()
-    command = our_command(store.root, port, vllm_options=CHUNK)
+    command = our_command(store.root, port, vllm_options=(*CHUNK, *TOOLS))
     with running(command, port, store.root.with_name("log")) as server:
         yield server
     assert server.process.returncode == 0, "a server that a signal stops exits with 0"
@@ -266,6 +269,11 @@ class Oracle:
 @pytest.fixture(scope="package")
 def oracle(default_model: Path, adapters: dict[str, Path]) -> Oracle:
     return Oracle(default_model, adapters)
+
+
+@pytest.fixture(scope="package")
+def node_client(tmp_path_factory: pytest.TempPathFactory) -> NodeClient:
+    return install(tmp_path_factory.mktemp("node") / "clients")
 
 
 @pytest.fixture(scope="module")
