@@ -105,6 +105,19 @@ def test_what_names_no_adapter_is_left_to_vllm_as_the_base(
 
 
 @pytest.mark.parametrize(
+    "body",
+    [b'{"model": "\xff"}', b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"],
+    ids=["no UTF-8", "deep", "long number"],
+)
+def test_what_can_not_be_read_is_refused_in_openais_words(client: TestClient, body: bytes) -> None:
+    """FastAPI has words of its own for it, which no client knows."""
+    answer = ask(client, body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "bad_request"
+    assert "JSON that can be read is expected" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
     "model", ["nobody", "../good", "/etc/passwd", "good@", "good@x", "good@sha256:00", "GOOD", "é"]
 )
 def test_an_unknown_model_is_404_in_openais_words(client: TestClient, model: str) -> None:

@@ -12,6 +12,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from rora_serve.api.allowed import MODEL_ROUTES, OPEN_ROUTES, Kind, kind_of
+from rora_serve.api.model_request import NOT_FOR_CLIENTS
 from rora_serve.api.openapi import openapi_document
 from rora_serve.side_process import SideProcess
 from tests.rora_serve.adapter_server import make_place
@@ -100,6 +101,14 @@ def test_requests_to_models_declare_what_the_front_door_answers(
     )
     parameters = {parameter["name"] for parameter in operation["parameters"]}
     assert "x-rora-deadline-ms" in parameters
+
+
+def test_what_clients_may_not_say_is_not_described(document: Document) -> None:
+    schemas = document["components"]["schemas"]
+    for name in ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest"):
+        properties = set(schemas[name]["properties"])
+        assert {"model", "temperature"} <= properties
+        assert not properties & set(NOT_FOR_CLIENTS)
 
 
 def test_errors_are_json_whatever_a_success_is(document: Document) -> None:
