@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Path, Query, Response
 
 from adapters.errors import AdapterNotFoundError
-from adapters.names import LATEST
+from adapters.names import LATEST, NAME_PATTERN
 from rora_serve.api.errors import ErrorResponse, Refusal
 from rora_serve.api.protocol import (
     AdapterCard,
@@ -22,6 +22,9 @@ from rora_serve.models import ModelDirectory
 from rora_serve.residency import Residents
 
 Name = Annotated[str, Path(description="name of an adapter")]
+Alias = Annotated[
+    str, Path(description="any name", json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})
+]
 VersionQuery = Annotated[
     str | None, Query(description="alias or sha256:<at least 12 digits> of a version")
 ]
@@ -54,7 +57,7 @@ def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> 
     store = directory.store
 
     @router.put("/{name}/aliases/{alias}", responses=answers(400, 404))
-    async def set_alias(name: Name, alias: str, body: AliasBody) -> AdapterCard:
+    async def set_alias(name: Name, alias: Alias, body: AliasBody) -> AdapterCard:
         """Let an alias mean a version; running requests end on the one they began with."""
         check_manageable(name)
         await views.record(name)
