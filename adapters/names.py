@@ -12,10 +12,11 @@ from adapters.problems import shown
 
 LATEST = "latest"
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"  # the embedded base model's
+NAME_PATTERN = "[a-z0-9][a-z0-9._-]{0,63}"  # of names and aliases
 MIN_DIGEST_PREFIX = 12
 MAX_EVENTS = 200  # of an alias, and of all that were removed; older ones are forgotten
 _RECORD_FORMAT = 1
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_NAME = re.compile(NAME_PATTERN)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Action = Literal["add", "alias", "rollback", "remove"]

@@ -15,6 +15,8 @@ from rora_serve.models import ModelDirectory, ServedAdapter
 
 logger = logging.getLogger(__name__)
 
+_UNLOAD_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class Residency:
@@ -36,11 +38,16 @@ class Residency:
 class Residents:
     """Loads, pins, unloads and removes versions.
 
-    Args: directory: that serves them.
+    Args:
+        directory: that serves them.
+        unload_seconds: that an unload waits for running requests.
     """
 
-    def __init__(self, directory: ModelDirectory) -> None:
+    def __init__(
+        self, directory: ModelDirectory, *, unload_seconds: float = _UNLOAD_SECONDS
+    ) -> None:
         self._directory = directory
+        self._unload_seconds = unload_seconds
         # By name and version digest: two names may hold the same version, and each has its pin.
         self._pins: set[tuple[str, str]] = set()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -95,17 +102,17 @@ class Residents:
                 self._pins.remove((name, version.digest))
                 self._directory.tier.unpin(version.weights_digest)
 
-    async def unload(self, name: str, versions: Sequence[Version], *, within: float) -> None:
+    async def unload(self, name: str, versions: Sequence[Version]) -> None:
         """Unpin versions of a name, wait for its requests and free what they take in memory.
 
         Weights that another name pins or uses stay for it.
 
-        Args: within: seconds to wait.
-        Raises: ResidencyError: requests still use them then.
+        Raises: ResidencyError: requests still use them after `unload_seconds`.
         """
         self.unpin(name, versions)
         weights = {version.weights_digest for version in versions}
         tier = self._directory.tier
+        within = self._unload_seconds
         await asyncio.gather(*(tier.unload(each, within=within) for each in weights))
         self._check_idle(name, versions)
 

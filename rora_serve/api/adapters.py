@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Path, Query, Response
 
 from adapters.errors import AdapterNotFoundError
-from adapters.names import LATEST
+from adapters.names import LATEST, NAME_PATTERN
 from rora_serve.api.errors import ErrorResponse, Refusal
 from rora_serve.api.protocol import (
     AdapterCard,
@@ -21,29 +21,21 @@ from rora_serve.api.views import Views, check_manageable, check_visible
 from rora_serve.models import ModelDirectory
 from rora_serve.residency import Residents
 
-UNLOAD_SECONDS = 30.0  # that an unload waits for running requests
-
 Name = Annotated[str, Path(description="name of an adapter")]
+Alias = Annotated[
+    str, Path(description="any name", json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})
+]
 VersionQuery = Annotated[
     str | None, Query(description="alias or sha256:<at least 12 digits> of a version")
 ]
 
 
-def make_adapter_router(
-    directory: ModelDirectory,
-    residents: Residents,
-    views: Views,
-    *,
-    unload_seconds: float = UNLOAD_SECONDS,
-) -> APIRouter:
-    """Return the routes below /v1/adapters, but for the upload.
-
-    Args: unload_seconds: that an unload waits for running requests.
-    """
+def make_adapter_router(directory: ModelDirectory, residents: Residents, views: Views) -> APIRouter:
+    """Return the routes below /v1/adapters, but for the upload."""
     router = APIRouter(route_class=OurRoute, prefix="/v1/adapters", tags=["adapters"])
     _add_reading(router, views)
     _add_aliases(router, directory, views)
-    _add_residency(router, residents, views, unload_seconds)
+    _add_residency(router, residents, views)
     _add_removal(router, residents, views)
     return router
 
@@ -64,15 +56,15 @@ def _add_reading(router: APIRouter, views: Views) -> None:
 def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> None:
     store = directory.store
 
-    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404, 413))
-    async def set_alias(name: Name, alias: str, body: AliasBody) -> AdapterCard:
+    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404))
+    async def set_alias(name: Name, alias: Alias, body: AliasBody) -> AdapterCard:
         """Let an alias mean a version; running requests end on the one they began with."""
         check_manageable(name)
         await views.record(name)
         await asyncio.to_thread(store.set_alias, f"{name}@{body.version}", alias)
         return await views.card(name)
 
-    @router.post("/{name}/rollback", responses=answers(400, 404, 409, 413))
+    @router.post("/{name}/rollback", responses=answers(400, 404, 409))
     async def roll_back(
         name: Name, body: Annotated[RollbackBody | None, Body()] = None
     ) -> AdapterCard:
@@ -87,10 +79,8 @@ def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> 
         return await views.card(name)
 
 
-def _add_residency(
-    router: APIRouter, residents: Residents, views: Views, unload_seconds: float
-) -> None:
-    @router.post("/{name}/load", responses=answers(404, 413, 422))
+def _add_residency(router: APIRouter, residents: Residents, views: Views) -> None:
+    @router.post("/{name}/load", responses=answers(404, 422))
     async def load(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Bring a version, else the latest, into memory, as its first request would."""
         check_manageable(name)
@@ -98,7 +88,7 @@ def _add_residency(
         await residents.load(_reference(name, version))
         return await views.card(name)
 
-    @router.post("/{name}/unload", responses=answers(404, 409, 413))
+    @router.post("/{name}/unload", responses=answers(404, 409))
     async def unload(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Free the memory of a version, else of all of the name, once its requests have ended.
 
@@ -107,10 +97,10 @@ def _add_residency(
         check_manageable(name)
         record = await views.record(name)
         versions = record.versions if version is None else [record.find(version)]
-        await residents.unload(name, versions, within=unload_seconds)
+        await residents.unload(name, versions)
         return await views.card(name)
 
-    @router.put("/{name}/pin", responses=answers(404, 409, 413, 422))
+    @router.put("/{name}/pin", responses=answers(404, 409, 422))
     async def pin(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Bring a version, else the latest, into memory and keep it there."""
         check_manageable(name)
@@ -118,7 +108,7 @@ def _add_residency(
         await residents.pin(_reference(name, version))
         return await views.card(name)
 
-    @router.delete("/{name}/pin", responses=answers(404, 413))
+    @router.delete("/{name}/pin", responses=answers(404))
     async def unpin(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Let a version, else all of the name, make room for others again."""
         check_manageable(name)
@@ -129,7 +119,7 @@ def _add_residency(
 
 
 def _add_removal(router: APIRouter, residents: Residents, views: Views) -> None:
-    @router.delete("/{name}", responses=answers(400, 404, 409, 413))
+    @router.delete("/{name}", responses=answers(400, 404, 409))
     async def remove(
         name: Annotated[
             str, Path(description="of an adapter, or name@sha256:<at least 12 digits>, name@alias")

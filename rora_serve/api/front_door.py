@@ -214,9 +214,13 @@ class FrontDoor:
         body = await exchange.read_body()
         if body is None:
             return
-        request = read_model_request(
-            body, record.path, tenant, max_model_len=reception.max_model_len
-        )
+        try:
+            request = read_model_request(
+                body, record.path, tenant, max_model_len=reception.max_model_len
+            )
+        except ValueError as error:
+            await exchange.respond(bad_request(None, str(error)))
+            return
         exchange.replay(request.body)
         record.model = request.model
         visit = _Visit(reception, tenant, record, exchange)

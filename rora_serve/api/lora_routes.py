@@ -14,7 +14,6 @@ from fastapi.responses import PlainTextResponse
 
 from adapters.errors import AdapterNotFoundError
 from adapters.names import LATEST
-from rora_serve.api.adapters import UNLOAD_SECONDS
 from rora_serve.api.errors import ErrorResponse, Refusal
 from rora_serve.api.front_door import current_tenant
 from rora_serve.api.protocol import LoadLoraBody, UnloadLoraBody, VllmErrorBody
@@ -44,24 +43,15 @@ class VllmRoute(OurRoute):
         return Response(body, response.status, media_type="application/json")
 
 
-def make_lora_router(
-    directory: ModelDirectory,
-    residents: Residents,
-    intake: Intake,
-    *,
-    unload_seconds: float = UNLOAD_SECONDS,
-) -> APIRouter:
-    """Return the routes.
-
-    Args: unload_seconds: that an unload waits for running requests.
-    """
+def make_lora_router(directory: ModelDirectory, residents: Residents, intake: Intake) -> APIRouter:
+    """Return the routes."""
     router = APIRouter(route_class=VllmRoute, prefix="/v1", tags=["vLLM"])
     vllm = {"body": VllmErrorBody, "refused": VllmErrorBody}
 
     @router.post(
         "/load_lora_adapter",
         response_class=PlainTextResponse,
-        responses=answers(400, 403, 404, 413, 422, 507, **vllm),
+        responses=answers(400, 403, 404, 422, 507, **vllm),
     )
     async def load_lora_adapter(body: LoadLoraBody) -> Response:
         """Import a folder below one of the server's import folders under a name, and load it.
@@ -80,7 +70,7 @@ def make_lora_router(
     @router.post(
         "/unload_lora_adapter",
         response_class=PlainTextResponse,
-        responses=answers(400, 404, 409, 413, **vllm),
+        responses=answers(400, 404, 409, **vllm),
     )
     async def unload_lora_adapter(body: UnloadLoraBody) -> Response:
         """Free the memory of all versions of a name; its next request loads it again."""
@@ -94,7 +84,7 @@ def make_lora_router(
             record = await asyncio.to_thread(directory.store.record, name)
         except AdapterNotFoundError:
             _refuse_missing(missing)
-        await residents.unload(name, record.versions, within=unload_seconds)
+        await residents.unload(name, record.versions)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     return router

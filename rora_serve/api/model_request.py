@@ -10,9 +10,9 @@ from rora_serve.api.asgi import Header
 from rora_serve.tenants import Tenant
 
 DEADLINE_HEADER = b"x-rora-deadline-ms"
-_MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_DEADLINE_MS = 24 * 3600 * 1000
 # Settings of vLLM's scheduler, transfers and logs, which are the server's.
-_NOT_FOR_CLIENTS = ("priority", "kv_transfer_params", "vllm_xargs", "session_id", "request_id")
+NOT_FOR_CLIENTS = ("priority", "kv_transfer_params", "vllm_xargs", "session_id", "request_id")
 _HEADERS_NOT_FOR_CLIENTS = frozenset(
     {
         b"x-vllm-priority",
@@ -56,14 +56,20 @@ def read_model_request(
 
     Args: max_model_len: tokens of a prompt and its answer at most; vLLM refuses to be asked for
         more.
+    Raises: ValueError: it can not be read, which FastAPI would answer past vLLM's errors.
     """
     try:
         content = json.loads(body)
-    except (ValueError, RecursionError):
+    except json.JSONDecodeError:
         return ModelRequest(body, None, 1)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            "body: no UTF-8, nested too deep or with a number of too many digits; JSON that can be "
+            "read is expected"
+        ) from error
     if not isinstance(content, dict):
         return ModelRequest(body, None, 1)
-    for key in _NOT_FOR_CLIENTS:
+    for key in NOT_FOR_CLIENTS:
         content.pop(key, None)
     if path in GENERATING_ROUTES:
         # Numbers that vLLM would read out of text or fractions, as it would.
@@ -134,11 +140,11 @@ def deadline_seconds(headers: Sequence[Header]) -> float | None:
     text = values[0].decode("latin-1")
     if len(values) == 1 and text.isascii() and text.isdigit() and len(text) <= 8:
         milliseconds = int(text)
-        if 1 <= milliseconds <= _MAX_DEADLINE_MS:
+        if 1 <= milliseconds <= MAX_DEADLINE_MS:
             return milliseconds / 1000
     raise ValueError(
         f"{DEADLINE_HEADER.decode()}: found {text[:20]!r}, one whole number of milliseconds from 1 "
-        f"to {_MAX_DEADLINE_MS} is expected"
+        f"to {MAX_DEADLINE_MS} is expected"
     )
 
 

@@ -8,12 +8,13 @@ from starlette.routing import BaseRoute
 
 from adapters import NameRecord
 from adapters.errors import AdapterNotFoundError
-from rora_serve.api.adapters import UNLOAD_SECONDS, make_adapter_router
+from rora_serve.api.adapters import make_adapter_router
 from rora_serve.api.errors import Refusal, model_not_found
 from rora_serve.api.front_door import current_tenant
 from rora_serve.api.lora_routes import make_lora_router
+from rora_serve.api.openapi import document_route
 from rora_serve.api.protocol import ModelCard, ModelList, RankRange
-from rora_serve.api.routing import OurRoute, answers, document_route
+from rora_serve.api.routing import OurRoute, answers
 from rora_serve.api.uploads import make_upload_router
 from rora_serve.api.views import Views
 from rora_serve.intake import Intake
@@ -30,7 +31,6 @@ def make_routes(
     started: int,
     is_ready: Callable[[], bool],
     max_upload_bytes: int,
-    unload_seconds: float = UNLOAD_SECONDS,
 ) -> list[BaseRoute]:
     """Return every route of ours, and the one of the document that describes them.
 
@@ -38,16 +38,14 @@ def make_routes(
         started: the server's start in seconds since the epoch.
         is_ready: whether more requests are wanted.
         max_upload_bytes: of a body.
-        unload_seconds: that an unload waits for running requests.
     """
     routers = (
         make_router(directory, started=started, is_ready=is_ready),
-        make_adapter_router(directory, residents, views, unload_seconds=unload_seconds),
+        make_adapter_router(directory, residents, views),
         make_upload_router(intake, views, max_upload_bytes=max_upload_bytes),
-        make_lora_router(directory, residents, intake, unload_seconds=unload_seconds),
+        make_lora_router(directory, residents, intake),
     )
-    routes = [route for router in routers for route in router.routes]
-    return [*routes, document_route(routes)]
+    return [*(route for router in routers for route in router.routes), document_route()]
 
 
 def make_router(
@@ -61,12 +59,17 @@ def make_router(
     """
     router = APIRouter(route_class=OurRoute)
 
-    @router.get("/ready", response_class=Response, responses={503: {"description": _AWAY}})
+    @router.get(
+        "/ready",
+        response_class=Response,
+        responses={503: {"description": _AWAY}},
+        tags=["server"],
+    )
     async def ready() -> Response:
         """200 while requests are wanted; else 503."""
         return Response(status_code=200 if is_ready() else 503)
 
-    @router.get("/v1/models", response_model=ModelList, responses=answers())
+    @router.get("/v1/models", response_model=ModelList, responses=answers(), tags=["models"])
     async def list_models() -> Response:
         """The base model and every adapter name of the store that the caller may use."""
         tenant = current_tenant.get()
@@ -84,7 +87,12 @@ def make_router(
         # Off the loop, since there may be thousands.
         return Response(await asyncio.to_thread(write), media_type="application/json")
 
-    @router.get("/v1/models/{model:path}", response_model_exclude_none=True, responses=answers(404))
+    @router.get(
+        "/v1/models/{model:path}",
+        response_model_exclude_none=True,
+        responses=answers(404),
+        tags=["models"],
+    )
     async def get_model(model: str) -> ModelCard:
         """One of them, by the name that requests use."""
         tenant = current_tenant.get()

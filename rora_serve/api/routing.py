@@ -1,17 +1,14 @@
-"""How our own routes answer: errors in OpenAI's words, and what their document says of them."""
+"""How our own routes answer: errors in OpenAI's words, and how they declare them."""
 
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import BaseRoute
 
 from adapters.errors import RoraError
 from rora_serve.api.errors import (
@@ -88,32 +85,3 @@ def _response_to(error: Exception, request: Request) -> ErrorResponse:
         return response
     logger.error("%s %s", request.method, request.url.path, exc_info=error)
     return internal_error("The server could not do this; its log says why.")
-
-
-def document_route(routes: Sequence[BaseRoute]) -> BaseRoute:
-    """Return the route /openapi.json, which describes `routes`, made here."""
-    document = openapi_document(routes)
-
-    async def show() -> Response:
-        return JSONResponse(document)
-
-    return APIRoute("/openapi.json", show, methods={"GET"}, include_in_schema=False)
-
-
-def openapi_document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
-    """Return the OpenAPI document of routes made here."""
-    document = get_openapi(
-        title="rora-serve",
-        version="1",
-        description="The routes that rora-serve adds to vLLM's OpenAI-style server.",
-        routes=routes,
-    )
-    # FastAPI adds its own answer to bad values, which here is a 400.
-    for operations in document["paths"].values():
-        for operation in operations.values():
-            answer = operation["responses"].get("422", {})
-            if "HTTPValidationError" in str(answer):
-                del operation["responses"]["422"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        document.get("components", {}).get("schemas", {}).pop(name, None)
-    return document

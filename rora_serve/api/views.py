@@ -26,10 +26,6 @@ from rora_serve.residency import Residents
 Quarantine = Callable[[ResolvedVersion], str | None]
 
 
-def no_quarantine(_: ResolvedVersion) -> None:
-    """Keep nothing from being served."""
-
-
 def check_visible(name: str) -> None:
     """End the route if the caller may neither use nor manage the adapter, as if there were none."""
     tenant = current_tenant.get()
@@ -58,7 +54,7 @@ class Views:
         directory: ModelDirectory,
         residents: Residents,
         catalog: Catalog,
-        quarantine: Quarantine = no_quarantine,
+        quarantine: Quarantine,
     ) -> None:
         self._store = directory.store
         self._residents = residents

@@ -3,12 +3,12 @@
 tests/rora_serve/test_compat.py fails when one of them moves.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import vllm
+import zmq
 from torch import Tensor, nn
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.model_executor.layers.linear import LinearBase
@@ -23,8 +23,8 @@ from adapters.artifact import Kind
 from adapters.errors import EngineSeamError
 
 TESTED_VERSIONS = ("0.32.",)
-_OFTEN_SECONDS = 1.0  # since the last message, after which notices come too far apart to be lost
-_NAP_MS = 2
+
+_MAX_WAKE_UPS = 1000  # that a process was not told of yet; it takes the last one for all
 
 
 def check_vllm_version() -> None:
@@ -45,21 +45,23 @@ def sleep_between_messages() -> None:
     By default a process that had one within a second looks for the next one again and again. Where
     every core computes, that takes a third of one from the threads that the message is made by.
 
-    The sender's notice is lost if it sent another one within a millisecond, since its socket queues
-    one and learns late that it is gone. vLLM would then sleep for 5 s; here it looks again soon as
-    long as messages come often.
+    Who sleeps has to be woken for each message. vLLM's socket holds one wake-up, and zmq looks once
+    a millisecond whether it was taken: of two messages within one the second woke nobody, and was
+    found when the reader looked by itself, 5 s later. So the socket gets room for more.
     """
-    SpinCondition.__init__.__defaults__ = (0,)  # busy_loop_s, which nobody gives
-    SpinCondition.wait = _wait  # type: ignore[method-assign]
+    condition_type: Any = SpinCondition
+    make = condition_type.__init__
+    make.__defaults__ = (0,)  # busy_loop_s, which nobody gives
 
+    def make_with_room(condition: Any, **options: Any) -> None:
+        make(condition, **options)
+        if not condition.is_reader:
+            socket, address = condition.local_notify_socket, options["notify_address"]
+            socket.unbind(address)  # a limit holds for what is bound after it is set
+            socket.setsockopt(zmq.SNDHWM, _MAX_WAKE_UPS)
+            socket.bind(address)
 
-_plain_wait = SpinCondition.wait
-
-
-def _wait(self: SpinCondition, timeout_ms: int | None = None) -> None:
-    if time.monotonic() <= self.last_read + _OFTEN_SECONDS:
-        timeout_ms = _NAP_MS if timeout_ms is None else min(timeout_ms, _NAP_MS)
-    _plain_wait(self, timeout_ms)
+    condition_type.__init__ = make_with_room
 
 
 def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], Any]) -> None:

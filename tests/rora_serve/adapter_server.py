@@ -27,6 +27,7 @@ from rora_serve.preload import Preloader
 from rora_serve.residency import Residents
 from rora_serve.side_process import SideProcess
 from tests.adapters.hostile.build import QUERY, VALUE, change_keys, right
+from tests.rora_serve.reaching import client_of
 
 BASE = "base"
 SHAPES = BaseShapes(
@@ -94,7 +95,7 @@ class AdapterServer:
     def __post_init__(self) -> None:
         base = ServedBase((BASE,), SHAPES.fingerprint, None)
         self.directory = ModelDirectory(base, self.store, self.engine, capacity=self.capacity)
-        self.residents = Residents(self.directory)
+        self.residents = Residents(self.directory, unload_seconds=UNLOAD_SECONDS)
         self.catalog = Catalog(SHAPES, self.process)
 
         async def admit(resolved: ResolvedVersion) -> None:
@@ -125,7 +126,6 @@ class AdapterServer:
             started=7,
             is_ready=self._is_ready,
             max_upload_bytes=MAX_UPLOAD_BYTES,
-            unload_seconds=UNLOAD_SECONDS,
         )
         self.app = FastAPI(openapi_url=None)
         self.app.router.routes[:0] = self.routes
@@ -135,12 +135,15 @@ class AdapterServer:
     def _is_ready(self) -> bool:
         return self.lifetime.is_ready and (self.preloader is None or self.preloader.is_done)
 
+    def ask_for_keys(self, keys: KeyFile) -> None:
+        """Let in only who has a key, from now on."""
+        setattr(self.app.state, RECEPTION_STATE, make_reception(self.directory, keys=keys))
+
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Ask as the tenant that is set; every task that this starts has it."""
         token = None if self.tenant is None else current_tenant.set(self.tenant)
         try:
-            transport = httpx.ASGITransport(app=self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            async with client_of(self.app) as client:
                 return await client.request(method, path, **options)
         finally:
             if token is not None:

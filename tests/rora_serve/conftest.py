@@ -18,6 +18,7 @@ from rora_serve.side_process import SideProcess
 from tests.conftest import LINEAR
 from tests.reference import ATOL
 from tests.rora_serve.adapter_server import Place, make_place
+from tests.rora_serve.node_client import NodeClient, install
 from tests.rora_serve.serving import (
     Continuation,
     Server,
@@ -67,6 +68,8 @@ NUM_RAGGED = 3
 # Few tokens a step, so that long prompts come in pieces beside others' steps.
 CHUNK = ("--max-num-batched-tokens", "256")
 PRELOADED = ("--pin", "pruned", "--preload", "allocated@latest", "--preload", "rora-*")
+# By which vLLM reads tools' calls; those that `tool_choice` asks for are structured output.
+TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 
 def make_ragged_adapter(folder: Path, base: Path, *, seed: int) -> Path:
@@ -226,7 +229,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) -
 def server(store: AdapterStore) -> Iterator[Server]:
     port = free_port()
     own = (*PRELOADED, "--drain-seconds", "300")
-    command = our_command(store.root, port, own, vllm_options=CHUNK)
+    command = our_command(store.root, port, own, vllm_options=(*CHUNK, *TOOLS))
     with running(command, port, store.root.with_name("log")) as server:
         yield server
         check_soft_stop(server, "lora-8")
@@ -276,6 +279,11 @@ class Oracle:
 @pytest.fixture(scope="package")
 def oracle(default_model: Path, adapters: dict[str, Path]) -> Oracle:
     return Oracle(default_model, adapters)
+
+
+@pytest.fixture(scope="package")
+def node_client(tmp_path_factory: pytest.TempPathFactory) -> NodeClient:
+    return install(tmp_path_factory.mktemp("node") / "clients")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -172,6 +173,23 @@ async def _ask(
         tuple(_token_id(token) for token in found.tokens),
         tuple({_token_id(t): value for t, value in top.items()} for top in found.top_logprobs),
     )
+
+
+def requests_in_flight(server: Server) -> int:
+    """Return how many requests were let in and are not answered yet."""
+    page = httpx.get(f"{server.url}/metrics").text
+    (count,) = re.findall(r"^rora_requests_in_flight (\S+)$", page, re.MULTILINE)
+    return int(float(count))
+
+
+def ends_within(server: Server, seconds: float) -> bool:
+    """Tell whether all requests end within a time."""
+    deadline = time.monotonic() + seconds
+    while requests_in_flight(server):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _token_id(text: str) -> int:

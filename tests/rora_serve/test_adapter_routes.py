@@ -9,9 +9,10 @@ import httpx
 import pytest
 
 from adapters.errors import AdapterMismatchError
-from rora_serve.api.routing import openapi_document
+from rora_serve.api.openapi import openapi_document
 from tests.conftest import file_limit
 from tests.rora_serve.adapter_server import Place, Rights, form_headers
+from tests.rora_serve.echo_server import write_keys
 
 Answer = Awaitable[httpx.Response]
 
@@ -221,6 +222,17 @@ async def lora_broken(place: Place) -> httpx.Response:
     return await place.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "a"})
 
 
+# The front door's own.
+
+for operation in sorted({operation for operation, _, _ in CASES} - {"GET /ready"}):
+
+    @case(operation, 401)
+    async def without_a_key(place: Place, operation: str = operation) -> httpx.Response:
+        place.server.ask_for_keys(write_keys(place.store.root.with_name("keys.toml")))
+        method, _, path = operation.partition(" ")
+        return await place.ask(method, path)
+
+
 @pytest.mark.parametrize(
     ("operation", "status", "ask"), CASES, ids=[f"{case[0]} {case[1]}" for case in CASES]
 )
@@ -243,7 +255,7 @@ def test_each_answer_is_as_it_is_declared(
         error = answer.json()["error"]
         assert {"message", "type", "param", "code"} <= set(error)
         # vLLM's own routes answer in vLLM's words, past the front door.
-        is_vllms = "lora_adapter" in operation and status != 413
+        is_vllms = "lora_adapter" in operation and status not in (401, 413)
         assert isinstance(error["code"], int if is_vllms else str)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
@@ -20,6 +19,7 @@ from rora_serve.api.reception import RECEPTION_STATE
 from rora_serve.api.routes import make_router
 from rora_serve.models import ModelDirectory, ServedAdapter, ServedBase
 from tests.rora_serve.adapter_server import make_reception
+from tests.rora_serve.reaching import client_of
 
 
 @pytest.fixture
@@ -102,6 +102,19 @@ def test_what_names_no_adapter_is_left_to_vllm_as_the_base(
     assert answer.status_code == 200
     assert answer.json()["adapter"] is None
     assert "x-rora-adapter" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"model": "\xff"}', b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"],
+    ids=["no UTF-8", "deep", "long number"],
+)
+def test_what_can_not_be_read_is_refused_in_openais_words(client: TestClient, body: bytes) -> None:
+    """FastAPI has words of its own for it, which no client knows."""
+    answer = ask(client, body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "bad_request"
+    assert "JSON that can be read is expected" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -203,10 +216,10 @@ def test_a_broken_record_is_left_out_of_the_list_and_is_a_500_by_name(
 def test_interleaved_requests_keep_their_own_adapters(client: TestClient) -> None:
     """Each request's context is its own, whatever runs between its steps."""
     names = ["good", "base", "bad"] * 6
+    app: Any = client.app
 
     async def ask_all() -> list[str]:
-        transport = httpx.ASGITransport(app=client.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as both:
+        async with client_of(app) as both:
             answers = await asyncio.gather(
                 *(both.post("/v1/completions", json={"model": name}) for name in names)
             )

@@ -10,7 +10,7 @@ import pytest
 from adapters import AdapterStore
 from adapters.errors import EngineDiedError, StoppingError
 from rora_serve.lifetime import NOTICE_SECONDS, Lifetime
-from tests.rora_serve.test_reception import Server
+from tests.rora_serve.echo_server import Server
 from tests.rora_serve.virtual_time import run_in_virtual_time as run
 
 DRAIN_SECONDS = 20.0

@@ -86,6 +86,15 @@ def asked(engine: Any, kind: RequestOutputKind) -> tuple[RequestRecord, list[Any
     return record, asyncio.run(run())
 
 
+async def read_one_and_stop(engine: Any, record: RequestRecord) -> list[str]:
+    """Read one output and close the stream; return how vLLM's call was left by then."""
+    current_record.set(record)
+    outputs = engine.generate("p", params(RequestOutputKind.DELTA), "id")
+    await anext(outputs)
+    await outputs.aclose()
+    return list(engine.left)
+
+
 def test_deltas_add_up() -> None:
     outputs = [output((0, [1], None)), output((0, [2, 3], None)), output((0, [4], "stop"))]
     record, given = asked(observed(outputs), RequestOutputKind.DELTA)
@@ -219,15 +228,7 @@ def test_arguments_reach_vllm_however_they_are_given() -> None:
 def test_a_reader_that_stops_in_the_middle_ends_vllms_call_before_it_goes_on() -> None:
     engine = observed([output((0, [1], None)), output((0, [2], "stop"))])
     record = RequestRecord("id", "POST", "/", 0.0)
-
-    async def run() -> None:
-        current_record.set(record)
-        outputs = engine.generate("p", params(RequestOutputKind.DELTA), "id")
-        await anext(outputs)
-        await outputs.aclose()
-        assert engine.left == ["GeneratorExit"]
-
-    asyncio.run(run())
+    assert asyncio.run(read_one_and_stop(engine, record)) == ["GeneratorExit"]
     assert record.choices == [Choice(1, 1.0, 1.0)]
     assert record.finish == "abort"
 
@@ -328,14 +329,6 @@ def test_an_error_in_the_middle_passes_and_what_came_before_counts() -> None:
 
 
 def test_a_reader_that_stops_after_the_last_output_did_not_hang_up() -> None:
-    engine = observed([output((0, [1], "stop"))])
     record = RequestRecord("id", "POST", "/", 0.0)
-
-    async def run() -> None:
-        current_record.set(record)
-        outputs = engine.generate("p", params(RequestOutputKind.DELTA), "id")
-        await anext(outputs)
-        await outputs.aclose()
-
-    asyncio.run(run())
+    asyncio.run(read_one_and_stop(observed([output((0, [1], "stop"))]), record))
     assert record.finish == "stop"

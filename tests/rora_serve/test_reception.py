@@ -7,88 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
-from fastapi import FastAPI, HTTPException, Request
 from prometheus_client import CollectorRegistry, generate_latest
 
-from adapters import AdapterStore, ResolvedVersion
+from adapters import AdapterStore
 from rora_serve.api.front_door import FrontDoor
 from rora_serve.api.model_request import ModelRequest, read_model_request
-from rora_serve.api.reception import RECEPTION_STATE, Reception
 from rora_serve.key_file import KeyFile
-from rora_serve.lifetime import Lifetime
-from rora_serve.models import ModelDirectory, ServedBase
-from rora_serve.tenants import EVERYBODY, Limits, Tenant, key_digest, new_key
-from tests.rora_serve.adapter_server import make_reception
-
-OPERATOR, ACME, TIRED = new_key(), new_key(), new_key()
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
-
-
-class Engine:
-    async def load(self, _: int, resolved: ResolvedVersion) -> int:
-        return resolved.version.num_bytes
-
-    async def drop(self, _: int) -> None: ...
-
-
-class Server:
-    """An app behind the front door that tells what reaches it, and can be held up."""
-
-    def __init__(
-        self, store: AdapterStore, keys: KeyFile | None = None, *, places: int = 8
-    ) -> None:
-        base = ServedBase(("base",), "", None)
-        directory = ModelDirectory(base, store, Engine(), capacity=1_000_000)
-        self.is_alive, self.fails = True, False
-        self.lifetime = Lifetime(lambda: self.is_alive)
-        self.reception: Reception = make_reception(
-            directory, self.lifetime, keys=keys, max_in_flight=places
-        )
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.num_inside = 0
-        app = FastAPI()
-
-        async def see(request: Request) -> dict[str, Any]:
-            self.num_inside += 1
-            await self.gate.wait()
-            if self.fails or not self.is_alive:
-                raise HTTPException(500, "EngineCore encountered an issue.")
-            return {"body": await request.json(), "headers": dict(request.headers)}
-
-        async def read() -> dict[str, Any]:
-            return {}
-
-        for path in ROUTES:
-            app.add_api_route(path, see, methods=["POST"])
-        for path in ("/health", "/metrics", "/v1/models"):
-            app.add_api_route(path, read, methods=["GET"])
-        app.add_api_route("/v1/adapters", read, methods=["POST"])
-        app.add_middleware(FrontDoor)
-        setattr(app.state, RECEPTION_STATE, self.reception)
-        self.app = app
-
-    async def ask(
-        self,
-        model: str = "base",
-        *,
-        key: str | None = None,
-        path: str = "/v1/completions",
-        headers: Sequence[tuple[str, str]] = (),
-        **body: Any,
-    ) -> httpx.Response:
-        given = [*headers, *([("authorization", f"Bearer {key}")] if key else [])]
-        transport = httpx.ASGITransport(app=self.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await client.post(path, json={"model": model, **body}, headers=given)
-
-    async def get(self, path: str, key: str | None = None) -> int:
-        transport = httpx.ASGITransport(app=self.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            headers = {"authorization": f"Bearer {key}"} if key else {}
-            return (await client.get(path, headers=headers)).status_code
+from rora_serve.tenants import EVERYBODY, Limits, Tenant
+from tests.rora_serve.echo_server import ACME, OPERATOR, ROUTES, TIRED, Server, write_keys
+from tests.rora_serve.reaching import client_of
 
 
 @pytest.fixture
@@ -101,18 +29,7 @@ def store(tmp_path: Path, adapter: Path) -> AdapterStore:
 
 @pytest.fixture
 def keys(tmp_path: Path) -> KeyFile:
-    path = tmp_path / "keys.toml"
-
-    def hashed(key: str) -> str:
-        return f'keys = ["sha256:{key_digest(key).hex()}"]'
-
-    path.write_text(
-        f'[tenants.operator]\n{hashed(OPERATOR)}\nuse = ["*"]\nmanage = ["*"]\n'
-        f'[tenants.acme]\n{hashed(ACME)}\nuse = ["acme-*"]\nbase = false\nmax_tokens = 7\n'
-        f"[tenants.tired]\n{hashed(TIRED)}\nrequests_per_minute = 1\n"
-    )
-    path.chmod(0o600)
-    return KeyFile(path, cache_secret=b"secret")
+    return write_keys(tmp_path / "keys.toml")
 
 
 def run(what: Any) -> None:
@@ -302,8 +219,7 @@ def test_a_browsers_question_opens_nothing_else(
         server = Server(store, keys)
         question = {"origin": "http://page", "access-control-request-method": "POST"}
         for headers in ({}, {"origin": "http://page"}, question):
-            transport = httpx.ASGITransport(app=server.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            async with client_of(server.app) as client:
                 answer = await client.options(path, headers=headers)
             reached_the_app = "detail" in answer.json()
             assert reached_the_app is (is_asked and headers == question)

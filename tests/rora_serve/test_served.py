@@ -138,30 +138,6 @@ def test_stock_vllm_corrupts_the_base_beside_an_adapter(
     assert mixed[BASE] > 10 * TOLERANCE
 
 
-def test_the_openai_client_gets_what_it_expects(
-    server: Server, store: AdapterStore, adapters: dict[str, Path]
-) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        assert [model.id for model in client.models.list()] == [BASE, *sorted(adapters)]
-        assert client.models.retrieve("lora-8").id == "lora-8"
-        messages: Any = [{"role": "user", "content": "Hi"}]
-        raw = client.chat.completions.with_raw_response.create(
-            model="lora-8@latest", messages=messages, max_tokens=4
-        )
-        assert raw.headers["x-rora-adapter"] == store.resolve("lora-8").public_id
-        assert raw.parse().model == "lora-8@latest"
-        stream = client.chat.completions.create(
-            model="rora-32", messages=messages, max_tokens=4, stream=True
-        )
-        assert {chunk.model for chunk in stream} == {"rora-32"}
-        # A list of parts, as clients send them, is still a base request.
-        parts: Any = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-        answer = client.chat.completions.create(model=BASE, messages=parts, max_tokens=4)
-        assert answer.model == BASE
-        with pytest.raises(openai.NotFoundError, match="'nobody' does not exist"):
-            client.chat.completions.create(model="nobody", messages=messages)
-
-
 def test_a_new_version_under_an_old_name_is_never_answered_from_the_old_cache(
     server: Server,
     oracle: Oracle,
