@@ -242,9 +242,9 @@ def swap(folder: Path, count: int, seed: int) -> dict[str, object]:
 def check(verdict: Verdict, *, num_moves: int) -> None:
     """Fail on a wrong answer, and if the traffic could not have shown one."""
     assert (verdict.failed, verdict.mixed, verdict.stale) == (0, 0, 0), verdict
-    assert min(verdict.by_version.values()) >= num_moves, verdict
-    assert verdict.strict >= num_moves, verdict
-    assert verdict.overlapped >= num_moves, verdict
+    assert min(verdict.by_version.values()) >= num_moves // 2, verdict
+    assert verdict.strict >= num_moves // 2, verdict
+    assert verdict.overlapped >= num_moves // 2, verdict
 
 
 def cache_hit_rate(page: str) -> float:
