@@ -3,6 +3,10 @@
 fuzz    mutated headers, configurations and archives: no error outside our tree
 kill    a store's writer killed at random points: whole every time
 churn   1,000 adapters through a server's memory for 100, for 10 minutes
+swap    a name that is moved 500 times under 32 streams
+unload  200 rounds of loading and unloading, 200 of uploading and deleting
+tenants a tenant at its limit and at ten times that, 4 times in turn, beside another
+overload  4 times what a server can do, for 5 minutes
 """
 
 import argparse
@@ -18,6 +22,10 @@ from tests.adapters.fuzzing import run
 from tests.adapters.killing import kill_once
 from tests.adapters.test_killing import several_adapters
 from tests.rora_serve.churning import churn
+from tests.rora_serve.isolation import isolate
+from tests.rora_serve.overloading import overload
+from tests.rora_serve.swapping import swap
+from tests.rora_serve.unloading import unload
 
 Item = TypeVar("Item")
 
@@ -48,6 +56,10 @@ SOAKS: dict[str, tuple[Callable[[Path, int, int], dict[str, object]], int]] = {
     "fuzz": (fuzz, 100_000),
     "kill": (kill, 200),
     "churn": (churn, 10),
+    "swap": (swap, 500),
+    "unload": (unload, 200),
+    "tenants": (isolate, 4),
+    "overload": (overload, 5),
 }
 
 
@@ -55,7 +67,9 @@ def main() -> None:
     """Run one soak and append its row to benchmarks/results/soak.jsonl."""
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=SOAKS)
-    parser.add_argument("--count", type=int, help="how many inputs, points or minutes")
+    parser.add_argument(
+        "--count", type=int, help="how many inputs, points, moves, rounds or minutes"
+    )
     parser.add_argument("--first", type=int, default=0, help="first seed; default: 0")
     arguments = parser.parse_args()
     soak, count = SOAKS[arguments.name]

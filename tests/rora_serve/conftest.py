@@ -1,7 +1,8 @@
 """A server with adapters of every kind, shared by the tests of this folder, and PEFT beside it."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from tests.rora_serve.serving import (
     free_port,
     our_command,
     running,
+    stock_command,
 )
+from tests.rora_serve.swapping import make_versions
+from tests.rora_serve.tenant_table import KeyedServer, add_names, write_keys
 from tests.workloads import make_random_adapter
 from trainer.allocation import trained_config
 from trainer.config import (
@@ -234,6 +238,54 @@ def server(store: AdapterStore) -> Iterator[Server]:
         yield server
         check_soft_stop(server, "lora-8")
     assert server.process.returncode == 0, "a server that a signal stops exits with 0"
+
+
+@dataclass(frozen=True)
+class Stock:
+    """vLLM's own server: what must fail where ours must not.
+
+    Args:
+        folders: of its adapters: those of CONFIGS, and two that answer differently.
+        moving, moved_to: the names of those two.
+    """
+
+    server: Server
+    folders: Mapping[str, Path]
+    moving: str = "moving"
+    moved_to: str = "moved-to"
+
+    def folder_of(self, name: str) -> Path:
+        return self.folders[name]
+
+
+@pytest.fixture(scope="package")
+def stock(
+    tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path], default_model: Path
+) -> Iterator[Stock]:
+    root = tmp_path_factory.mktemp("stock")
+    moving, moved_to = make_versions(root, default_model)
+    folders = {name: adapters[name] for name in CONFIGS}
+    folders |= {Stock.moving: moving, Stock.moved_to: moved_to}
+    port = free_port()
+    command = stock_command(default_model, folders, port, "qkv_proj o_proj gate_up_proj down_proj")
+    reloading = ["env", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", *command]
+    with running(reloading, port, root / "log") as server:
+        yield Stock(server, folders)
+
+
+@pytest.fixture(scope="package")
+def keyed_server(
+    tmp_path_factory: pytest.TempPathFactory, default_model: Path
+) -> Iterator[KeyedServer]:
+    """A server with tenants, an adapter for each name of their table."""
+    root = tmp_path_factory.mktemp("keyed")
+    store = AdapterStore(root / "store")
+    add_names(store, root / "made", default_model)
+    keys = write_keys(root / "keys.toml")
+    port = free_port()
+    command = our_command(store.root, port, ["--keys", str(root / "keys.toml")])
+    with running(command, port, root / "log") as server:
+        yield KeyedServer(server, store, keys)
 
 
 @pytest.fixture(scope="package")

@@ -27,6 +27,7 @@ from tests.rora_serve.conftest import (
     TOLERANCE,
     Gated,
     Oracle,
+    Stock,
 )
 from tests.rora_serve.serving import (
     START_SECONDS,
@@ -34,8 +35,6 @@ from tests.rora_serve.serving import (
     ask_together,
     free_port,
     our_command,
-    running,
-    stock_command,
 )
 from tests.workloads import make_random_adapter
 
@@ -119,20 +118,11 @@ def test_an_allocated_adapter_has_ranks_from_none_to_three_times_the_first(
 
 
 def test_stock_vllm_corrupts_the_base_beside_an_adapter(
-    default_model: Path,
-    adapters: dict[str, Path],
-    oracle: Oracle,
-    prompts: list[tuple[int, ...]],
-    tmp_path: Path,
+    stock: Stock, oracle: Oracle, prompts: list[tuple[int, ...]]
 ) -> None:
     """The same measurement on vLLM's own layers fails, so it can fail; why ours exist."""
-    port = free_port()
-    modules = "qkv_proj o_proj gate_up_proj down_proj"
-    given = {name: adapters[name] for name in CONFIGS}
-    command = stock_command(default_model, given, port, modules)
-    with running(command, port, tmp_path / "log") as stock:
-        alone = differences(stock, oracle, [BASE], prompts)
-        mixed = differences(stock, oracle, [BASE, *CONFIGS], prompts)
+    alone = differences(stock.server, oracle, [BASE], prompts)
+    mixed = differences(stock.server, oracle, [BASE, *CONFIGS], prompts)
     print("stock vLLM, largest difference of log-probs: alone", alone, "mixed", mixed)
     assert alone[BASE] <= TOLERANCE
     assert mixed[BASE] > 10 * TOLERANCE
