@@ -6,7 +6,7 @@ parts of the request, text that is written and not multiplied. What is let in ha
 work, from which the room for a request follows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jinja2
@@ -19,6 +19,7 @@ MAX_SERVED_BYTES = 64 * 1024
 MAX_WORK = 2**30  # characters that one rendering may copy
 MAX_DEPTH = 32  # of a request's lists and objects
 _MAX_WEIGHT = 4096
+_MAX_LITERAL = 2**20
 _MAX_LOOPS = 3  # in each other
 _ROOTS = ("messages", "tools")
 _INDENTED = MAX_DEPTH * 4  # spaces before each value of a line of its own
@@ -28,12 +29,12 @@ _LONGEST_REPLACEMENT = 16
 # By how much each makes text longer at most: a quote becomes two characters in JSON.
 _FILTERS = {
     "capitalize": 3, "count": 1, "d": 1, "default": 1, "first": 1, "items": 1, "join": 1, "last": 1,
-    "length": 1, "list": 1, "lower": 3, "map": 1, "rejectattr": 1, "replace": _LONGEST_REPLACEMENT,
+    "length": 1, "list": 6, "lower": 3, "map": 1, "rejectattr": 1, "replace": _LONGEST_REPLACEMENT,
     "reverse": 1, "safe": 1, "selectattr": 1, "string": 4, "tojson": 6, "trim": 1, "upper": 3,
 }  # fmt: skip
 _METHODS = {
     "endswith": 1, "get": 1, "items": 1, "keys": 1, "lower": 3, "lstrip": 1, "rstrip": 1,
-    "split": 1, "startswith": 1, "strip": 1, "upper": 3, "values": 1,
+    "split": 6, "startswith": 1, "strip": 1, "upper": 3, "values": 1,
 }  # fmt: skip
 _FUNCTIONS = ("namespace", "raise_exception", "strftime_now")
 _TESTS = frozenset(
@@ -64,6 +65,7 @@ class ChatTemplate:
         text: of it.
         once: how many times it writes the whole request, at most, outside loops or in parts.
         each: how many times in each round of its loops.
+        literal: characters of its own that it writes at most, if each place of it is reached once.
         crosses: whether it goes through the tools for each message.
         loops_parts: whether it goes through parts of one message or tool.
         loops_parts_each: whether it does so for each pair of both.
@@ -72,6 +74,7 @@ class ChatTemplate:
     text: str
     once: int
     each: int
+    literal: int
     crosses: bool
     loops_parts: bool
     loops_parts_each: bool
@@ -79,7 +82,9 @@ class ChatTemplate:
     def work(self, messages: object, tools: object, others: object = None) -> int:
         """Return how many characters it copies for a request, at most.
 
-        Raises: ValueError: the request is nested too deeply.
+        Raises:
+            ValueError: the request is nested too deeply.
+            TypeError: it is not plain JSON.
         """
         sizes = [_size(part, 0) for part in (messages, tools, others)]
         letters = sum(size.letters for size in sizes)
@@ -87,7 +92,7 @@ class ChatTemplate:
         number = num_messages * max(1, num_tools) if self.crosses else num_messages + num_tools
         if self.loops_parts:  # a part that is text is gone through letter by letter
             number += letters * (max(num_messages, num_tools) if self.loops_parts_each else 1)
-        return (self.once + number * self.each) * letters + (number + 1) * len(self.text)
+        return (self.once + number * self.each) * letters + (number + 1) * self.literal
 
 
 def read_template(content: bytes) -> ChatTemplate:
@@ -129,16 +134,27 @@ class _Weight:
 
     part: int = 0
     whole: int = 0
+    literal: int = 0  # characters of the template's own
 
     def __add__(self, other: "_Weight") -> "_Weight":
-        return _Weight(self.part + other.part, self.whole + other.whole)
+        return _Weight(
+            self.part + other.part, self.whole + other.whole, self.literal + other.literal
+        )
 
     def times(self, number: int) -> "_Weight":
-        return _Weight(self.part * number, self.whole * number)
+        return _Weight(self.part * number, self.whole * number, self.literal * number)
 
     def outside(self) -> "_Weight":
         """Return it where another loop goes round."""
-        return _Weight(0, self.part + self.whole)
+        return _Weight(0, self.part + self.whole, self.literal)
+
+    def or_else(self, other: "_Weight") -> "_Weight":
+        """Return it where a name means one or the other."""
+        return _Weight(
+            max(self.part, other.part),
+            max(self.whole, other.whole),
+            max(self.literal, other.literal),
+        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +178,7 @@ class _Reader:
         self._weights: dict[str, tuple[_Weight, _Loop | None]] = {}
         self._origins: dict[str, set[str]] = {}
         self._numbers: set[tuple[str, str]] = set()
-        self._once = self._each = 0
+        self._once = self._each = self._literal = 0
         self._crosses = self._loops_parts = self._loops_parts_each = False
 
     def template(self) -> ChatTemplate:
@@ -170,6 +186,7 @@ class _Reader:
             self._text,
             self._once,
             self._each,
+            self._literal + len(self._text),
             crosses=self._crosses,
             loops_parts=self._loops_parts,
             loops_parts_each=self._loops_parts_each,
@@ -177,11 +194,12 @@ class _Reader:
 
     def check(self, tree: nodes.Template) -> None:
         """Refuse what may not stand anywhere."""
+        _namespaces(tree)
         fields = [node for node in tree.find_all(nodes.Assign) if _is_field(node)]
         names = {_key(node.target) for node in fields}
         self._numbers = {
             name for name in names
-            if all(_is_count(node.node) for node in fields if _key(node.target) == name)
+            if all(_is_count(value) for value in _values(tree, *name))
         }  # fmt: skip
         # Fields outlive a round of their loop: what grew into one could grow again in the next.
         grown = {_key(node.target)[0] for node in fields}
@@ -201,7 +219,20 @@ class _Reader:
         self._check_nodes(tree)
 
     def _check_nodes(self, tree: nodes.Template) -> None:
+        namespaces = _namespaces(tree)
+        direct = [node.node for node in tree.find_all(nodes.Assign)]
+        read = [node.node for node in tree.find_all(nodes.Getattr)]
         for node in _descendants(tree):
+            is_made = isinstance(node, nodes.Call) and _is_namespace(node)
+            is_meant = isinstance(node, nodes.Name) and node.name in namespaces
+            is_set = isinstance(node, nodes.Name) and node.ctx == "store"
+            if (is_made and not _has(direct, node)) or (
+                is_meant and not is_set and not _has(read, node)
+            ):
+                # By another name it could grow unseen.
+                raise _refused(
+                    node.lineno, "a 'namespace' that is more than set and read by fields"
+                )
             if not isinstance(node, _STATEMENTS + _EXPRESSIONS + _PARTS):
                 raise _refused(node.lineno, f"{type(node).__name__.lower()!r}")
             if isinstance(node, nodes.Mod) and not self._is_remainder(node):
@@ -249,7 +280,8 @@ class _Reader:
         weight = self._weight(expression)
         self._once += weight.part if self._loops else weight.part + weight.whole
         self._each += weight.whole if self._loops else 0
-        if self._once + self._each > _MAX_WEIGHT:
+        self._literal += weight.literal
+        if self._once + self._each > _MAX_WEIGHT or self._literal > _MAX_LITERAL:
             raise _refused(expression.lineno, "text of text too many times over")
         return weight
 
@@ -261,7 +293,7 @@ class _Reader:
                 known, where = self._weights[name]
                 if where is not loop:
                     known, weight = known.outside(), weight.outside()
-                weight = _Weight(max(known.part, weight.part), max(known.whole, weight.whole))
+                weight = known.or_else(weight)
             self._weights[name] = (weight, loop)
             self._origins.setdefault(name, set()).add(self._origin(node.node) or "")
         elif isinstance(node.target, nodes.NSRef):
@@ -327,8 +359,10 @@ class _Reader:
         return next(iter(origins)) if len(origins) == 1 and "" not in origins else None
 
     def _weight(self, node: nodes.Node) -> _Weight:
-        if isinstance(node, nodes.Const | nodes.TemplateData):
-            return _Weight()
+        if isinstance(node, nodes.TemplateData):
+            return _Weight(literal=len(node.data))
+        if isinstance(node, nodes.Const):
+            return _Weight(literal=len(str(node.value)))
         if isinstance(node, nodes.Name):
             inner = self._loop_here()
             if node.name in self._weights:
@@ -449,6 +483,47 @@ def _key(target: nodes.Node) -> tuple[str, str]:
     return target.name, target.attr
 
 
+def _is_namespace(node: nodes.Node) -> bool:
+    called = node.node if isinstance(node, nodes.Call) else None
+    return isinstance(called, nodes.Name) and called.name == "namespace"
+
+
+def _namespaces(tree: nodes.Template) -> set[str]:
+    """Return the names of namespaces, which mean nothing else.
+
+    Raises: AdapterMismatchError: one does.
+    """
+    assigned = list(tree.find_all(nodes.Assign))
+    named = {
+        node.target.name
+        for node in assigned
+        if isinstance(node.target, nodes.Name) and _is_namespace(node.node)
+    }
+    for node in assigned:
+        target = node.target
+        if isinstance(target, nodes.NSRef) and target.name not in named:
+            raise _refused(node.lineno, f"a field of {target.name!r}, which is no 'namespace'")
+        if isinstance(target, nodes.Name) and target.name in named and not _is_namespace(node.node):
+            raise _refused(node.lineno, f"another meaning for {target.name!r}")
+    return named
+
+
+def _values(tree: nodes.Template, name: str, field: str) -> Iterator[nodes.Node]:
+    """Return what a namespace's field is ever set to."""
+    for node in tree.find_all(nodes.Assign):
+        if isinstance(node.target, nodes.NSRef) and _key(node.target) == (name, field):
+            yield node.node
+        elif isinstance(node.target, nodes.Name) and node.target.name == name:
+            made = node.node
+            assert isinstance(made, nodes.Call)
+            yield from (pair.value for pair in made.kwargs if pair.key == field)
+
+
+def _has(some: Sequence[nodes.Node], node: nodes.Node) -> bool:
+    """Tell by identity: jinja's nodes are equal if they look so."""
+    return any(other is node for other in some)
+
+
 def _is_answer(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Not | nodes.Compare | nodes.Test) and not _builds(node)
 
@@ -498,8 +573,10 @@ class _Size:
 def _size(value: object, depth: int) -> _Size:
     if depth > MAX_DEPTH:
         raise ValueError(f"messages or tools are nested more than {MAX_DEPTH} deep")
-    if not isinstance(value, dict | list | tuple):
+    if value is None or isinstance(value, str | int | float):
         return _Size(len(str(value)) + 4)
+    if not isinstance(value, dict | list | tuple):
+        raise TypeError(f"{type(value).__name__}: plain JSON is expected")
     size = _Size(4, len(value))
     for part in [*value, *value.values()] if isinstance(value, dict) else value:
         inner = _size(part, depth + 1)

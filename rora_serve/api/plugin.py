@@ -64,7 +64,7 @@ def with_own_templates(
             work = own.work(
                 [_plain(message) for message in messages], options["tool_dicts"], others
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise VLLMValidationError(str(error)) from error
         if work > MAX_WORK:
             raise VLLMValidationError(
@@ -77,7 +77,13 @@ def with_own_templates(
 
 
 def _plain(message: Any) -> Any:
-    return message.model_dump() if hasattr(message, "model_dump") else message
+    """Return a message as plain JSON; what pydantic left to be read once becomes a list in it."""
+    if not isinstance(message, dict):
+        return message.model_dump()
+    for key, value in message.items():
+        if isinstance(value, Iterator):
+            message[key] = list(value)
+    return message
 
 
 # What vLLM's --middleware takes.

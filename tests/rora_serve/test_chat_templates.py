@@ -52,6 +52,12 @@ REFUSED = {
     "{% set ns = namespace(s='x') %}{% for m in messages %}{% set t = ns.s %}"
     "{% set ns.s = t ~ t %}{% endfor %}": "a 'namespace' adds to",
     "{% set x = messages %}" + "{% set x = x ~ x %}" * 40: "too many times over",
+    "{% set a = namespace(s='x') %}{% set b = a %}{% for m in messages %}"
+    "{% set b.s = a.s ~ a.s %}{% endfor %}": "a field of 'b', which is no 'namespace'",
+    "{% set a = namespace(s='x') %}{% set b = [a] %}": "more than set and read by fields",
+    "{% set ns = namespace(i='%99999999d') %}{{ ns.i % 2 }}{% set ns.i = ns.i + 1 %}":
+        "'%' of something",
+    "{% set x = '" + "x" * 40_000 + "' %}" + "{{ x }}" * 100: "too many times over",
     "{% if %}": "a mistake",
     "\n\n{{ cycler('a') }}": "line 3 has a call of 'cycler'",
 }  # fmt: skip

@@ -52,6 +52,15 @@ def test_each_request_is_written_by_its_own_adapters_template(
             assert used == [len(wanted)] * 2, name
 
 
+def test_calls_of_tools_are_read_before_they_are_written(server: Server) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = {"role": "assistant", "content": "x", "tool_calls": [call]}
+    for path in ("/tokenize", "/v1/chat/completions"):
+        body = {"model": "templated", "messages": [*MESSAGES, said, MESSAGES[1]]}
+        answer = post(server, path, body | {"max_tokens": 1})
+        assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
