@@ -36,7 +36,7 @@ from rora_serve.memory import adapter_memory
 from rora_serve.metrics import Levels, Metrics
 from rora_serve.models import ModelDirectory, ServedBase, check_names, read_base
 from rora_serve.preload import Preloader, PreloadPlan, make_plan
-from rora_serve.request_log import log_to
+from rora_serve.request_log import log_to, warn_on
 from rora_serve.residency import Residents
 from rora_serve.side_process import SideProcess
 from rora_serve.vllm_options import engine_options, is_cpu_build, parse_options
@@ -251,6 +251,7 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
             drop_lora_info(engine)
             observe(engine)
             log_to(sys.stderr)
+            warn_on(sys.stderr)
             tasks = await engine.get_supported_tasks()
             arguments.middleware = [FRONT_DOOR]
             app = build_app(arguments, tasks, engine.model_config)

@@ -25,6 +25,7 @@ from adapters.errors import (
 )
 from adapters.objects import Lease
 from adapters.receipt import BaseShapes, read_base_shapes
+from rora_serve.chat_templates import ChatTemplate, read_template
 from rora_serve.host_tier import HostTier
 from rora_serve.probing import Prober
 
@@ -42,11 +43,13 @@ class ServedAdapter:
         requested: what stood in `model`; responses echo it.
         resolved: the version that this meant when the request came.
         lora_int_id: the engine's id of its weights.
+        chat_template: the version's own; None is the base model's.
     """
 
     requested: str
     resolved: ResolvedVersion
     lora_int_id: int
+    chat_template: ChatTemplate | None = None
 
     @property
     def engine_name(self) -> str:
@@ -75,20 +78,16 @@ class ServedBase:
 
     def mismatch(self, folder: Path) -> str | None:
         """Say why an adapter can not be served beside this base, as far as its folder tells."""
-        template = read_chat_template(folder)
-        if template is not None:
-            text = template.decode(errors="replace")
-            if text.strip() != (self.chat_template or "").strip():
-                return "it has a chat template of its own, which is not served yet"
         claim = base_claim(folder)
         if claim is not None and claim.is_of_another(self.fingerprint, self.names):
             return f"it was trained on {claim.name!r}, this is {self.names[0]!r}"
         return None
 
-    def check(self, resolved: ResolvedVersion) -> None:
+    def check(self, resolved: ResolvedVersion) -> ChatTemplate | None:
         """Refuse a version that is for another base, or whose small files are not what was stored.
 
         Its weights are checked when they are loaded.
+        Returns: its own chat template.
         Raises: AdapterMismatchError, ArtifactError.
         """
         version, folder = resolved.version, resolved.folder
@@ -97,6 +96,16 @@ class ServedBase:
             raise AdapterMismatchError(reason)
         if version_digest(version.weights_digest, folder) != version.digest:
             raise ArtifactError(f"{folder}: {CHANGED}")
+        return self.own_template(folder)
+
+    def own_template(self, folder: Path) -> ChatTemplate | None:
+        """Return an adapter's chat template if it has another one than the base.
+
+        Raises: AdapterMismatchError: its work has no bound.
+        """
+        content = read_chat_template(folder)
+        base = (self.chat_template or "").strip().encode()
+        return None if content is None or content.strip() == base else read_template(content)
 
 
 def read_base(folder: Path, names: Sequence[str]) -> tuple[ServedBase, BaseShapes]:
@@ -167,9 +176,8 @@ class ModelDirectory:
         self._prober = prober
         self.tier = HostTier(capacity, self._drop)
         self._ids: dict[str, int] = {}
-        # Versions that were checked, by digest, each with its lease; it is None where the store can
-        # not be written. They go with their weights.
-        self._admitted: dict[str, tuple[ResolvedVersion, Lease | None]] = {}
+        # Versions that were checked, by digest, which go with their weights.
+        self._admitted: dict[str, _Admitted] = {}
         # By name and version digest: two names may hold the same version.
         self._running: Counter[tuple[str, str]] = Counter()
 
@@ -199,7 +207,8 @@ class ModelDirectory:
         self._running[resolved.name, resolved.version.digest] += 1
         try:
             await self._refuse_quarantined(resolved)
-            await self._admit(resolved)
+            template = await self._admit(resolved)
+            served = replace(served, chat_template=template)
             await self.tier.lease(
                 weights,
                 resolved.version.num_bytes,
@@ -253,7 +262,8 @@ class ModelDirectory:
 
     def leases(self) -> list[Lease]:
         """Return the leases on versions whose weights are in memory, under whatever name."""
-        return [lease for _, lease in self._admitted.values() if lease is not None]
+        leases = [admitted.lease for admitted in self._admitted.values()]
+        return [lease for lease in leases if lease is not None]
 
     async def _refuse_quarantined(self, resolved: ResolvedVersion) -> None:
         """Refuse a version that is known to be quarantined, before anything is loaded for it."""
@@ -281,29 +291,31 @@ class ModelDirectory:
             proof.add_done_callback(end)
             raise
 
-    async def _admit(self, resolved: ResolvedVersion) -> None:
+    async def _admit(self, resolved: ResolvedVersion) -> ChatTemplate | None:
         """Check a version once, and keep it from garbage collection while its weights are here.
 
+        Returns: its own chat template.
         Two versions may share weights and differ in what is checked here.
         """
         digest = resolved.version.digest
-        if digest in self._admitted:
-            return
-        lease = await asyncio.to_thread(self._checked, resolved)
+        known = self._admitted.get(digest)
+        if known is not None:
+            return known.template
+        admitted = await asyncio.to_thread(self._checked, resolved)
         if digest not in self._admitted:
-            self._admitted[digest] = (resolved, lease)
-        elif lease is not None:  # two first requests at once
-            lease.release()
+            self._admitted[digest] = admitted
+        elif admitted.lease is not None:  # two first requests at once
+            admitted.lease.release()
+        return admitted.template
 
-    def _checked(self, resolved: ResolvedVersion) -> Lease | None:
+    def _checked(self, resolved: ResolvedVersion) -> "_Admitted":
         lease = self._lease(resolved)
         try:
-            self._base.check(resolved)
+            return _Admitted(resolved, lease, self._base.check(resolved))
         except BaseException:
             if lease is not None:
                 lease.release()
             raise
-        return lease
 
     def _lease(self, resolved: ResolvedVersion) -> Lease | None:
         try:
@@ -325,12 +337,21 @@ class ModelDirectory:
         # All of them before anything else can run: new requests admit them anew.
         versions = [
             digest
-            for digest, (resolved, _) in self._admitted.items()
-            if resolved.version.weights_digest == weights
+            for digest, admitted in self._admitted.items()
+            if admitted.resolved.version.weights_digest == weights
         ]
-        for _, lease in [self._admitted.pop(digest) for digest in versions]:
-            if lease is not None:
-                await asyncio.to_thread(lease.release)
+        for admitted in [self._admitted.pop(digest) for digest in versions]:
+            if admitted.lease is not None:
+                await asyncio.to_thread(admitted.lease.release)
+
+
+@dataclass(frozen=True)
+class _Admitted:
+    """A version that was checked; without a lease where the store can not be written."""
+
+    resolved: ResolvedVersion
+    lease: Lease | None
+    template: ChatTemplate | None
 
 
 def without_place(text: str, folder: Path) -> str:

@@ -156,6 +156,17 @@ def log_to(stream: TextIO) -> logging.Handler:
     return handler
 
 
+def warn_on(stream: TextIO) -> logging.Handler:
+    """Write what this package warns of to `stream`, whatever vLLM's parts set the root logger to."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s"))
+    ours = logging.getLogger("rora_serve")
+    ours.addHandler(handler)
+    ours.setLevel(logging.WARNING)
+    ours.propagate = False
+    return handler
+
+
 def log_request(record: RequestRecord, *, now: float) -> None:
     """Write a request's line.
 

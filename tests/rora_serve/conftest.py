@@ -1,5 +1,6 @@
 """A server with adapters of every kind, shared by the tests of this folder, and PEFT beside it."""
 
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,6 +68,13 @@ CONFIGS = {
 
 
 RANK_BEFORE_ALLOCATION = 2
+# Of an adapter "templated" with the weights of lora-8.
+OWN_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<our-{{ m.role }}> {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<our-answer>{% endif %}"
+)
 # Ranks from 0 to 128 in each module, 0 being a module that is not there.
 NUM_RAGGED = 3
 # Few tokens a step, so that long prompts come in pieces beside others' steps.
@@ -226,6 +234,10 @@ def store(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) -
     store = AdapterStore(tmp_path_factory.mktemp("serving") / "store")
     for name, folder in adapters.items():
         store.add(folder, name=name)
+    templated = tmp_path_factory.mktemp("templated") / "adapter"
+    shutil.copytree(adapters["lora-8"], templated)
+    (templated / "chat_template.jinja").write_text(OWN_TEMPLATE)
+    store.add(templated, name="templated")
     return store
 
 

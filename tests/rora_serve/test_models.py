@@ -153,7 +153,7 @@ def test_an_adapter_named_like_the_base_is_refused_at_start(
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        ("chat_template.jinja", "{{ another }}", "a chat template of its own"),
+        ("chat_template.jinja", "{{ a ** 9 }}", "line 1 has 'pow'"),
         ("chat_template.jinja", "{{ base template }}\n", None),
         ("rora.json", {"base_model": {"name": "other", "fingerprint": "0"}}, "trained on 'other'"),
         # Another dtype of the same base has other bytes and is allowed by name.
@@ -186,18 +186,28 @@ def test_an_adapter_for_something_else_is_refused(
 
 
 def test_a_template_is_looked_at_in_every_version_of_the_same_weights(
-    directory: ModelDirectory, store: AdapterStore, adapter: Path
+    directory: ModelDirectory, engine: Engine, store: AdapterStore, adapter: Path
 ) -> None:
-    (adapter / "chat_template.jinja").write_text("{{ another }}")
-    store.add(adapter, name="b")
+    for name, text in (("b", "{{ messages[0].content }}"), ("c", "{{ a * 9 }}")):
+        (adapter / "chat_template.jinja").write_text(text)
+        store.add(adapter, name=name)
 
     async def ask() -> None:
-        assert await directory.open("a") is not None  # loads the weights that both share
+        plain, templated = await directory.open("a"), await directory.open("b")
+        assert plain is not None
+        assert templated is not None
+        assert plain.chat_template is None
+        assert templated.chat_template is not None
+        assert templated.chat_template.text == "{{ messages[0].content }}"
+        assert (plain.engine_name, plain.lora_int_id) == (
+            templated.engine_name, templated.lora_int_id,
+        )  # fmt: skip
         for _ in range(2):
-            with pytest.raises(AdapterMismatchError, match="a chat template of its own"):
-                await directory.open("b")
+            with pytest.raises(AdapterMismatchError, match="line 1 has 'mul'"):
+                await directory.open("c")
 
     asyncio.run(ask())
+    assert len(engine.loaded) == 1
 
 
 def test_a_probe_that_was_changed_is_refused(
@@ -234,7 +244,7 @@ def test_what_is_served_is_not_collected(directory: ModelDirectory, store: Adapt
 def test_what_is_refused_is_not_kept(
     directory: ModelDirectory, store: AdapterStore, adapter: Path
 ) -> None:
-    (adapter / "chat_template.jinja").write_text("another")
+    (adapter / "chat_template.jinja").write_text("{% include 'x' %}")
     store.add(adapter, name="b")
     with pytest.raises(AdapterMismatchError):
         asyncio.run(directory.open("b"))
