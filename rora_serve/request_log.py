@@ -157,7 +157,7 @@ def log_to(stream: TextIO) -> logging.Handler:
 
 
 def warn_on(stream: TextIO) -> logging.Handler:
-    """Write what this package warns of to `stream`, whatever vLLM's parts set the root logger to."""
+    """Write what we warn of to `stream`, whatever vLLM's parts set the root logger to."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s"))
     ours = logging.getLogger("rora_serve")

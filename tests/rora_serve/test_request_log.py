@@ -15,6 +15,7 @@ from rora_serve.request_log import (
     log_to,
     logger,
     request_id,
+    warn_on,
 )
 
 KEYS = [
@@ -172,3 +173,18 @@ def test_a_request_without_an_id_gets_one_of_its_own() -> None:
 
 def test_no_request_is_served_at_first() -> None:
     assert current_record.get() is None
+
+
+def test_warnings_are_told_even_if_the_root_logger_tells_errors_only() -> None:
+    ours, root, stream = logging.getLogger("rora_serve"), logging.getLogger(), io.StringIO()
+    before = root.level, ours.level, ours.propagate
+    handler = warn_on(stream)
+    try:
+        root.setLevel(logging.ERROR)
+        logging.getLogger("rora_serve.probing").warning("its probe is asked at each start")
+    finally:
+        ours.removeHandler(handler)
+        root.setLevel(before[0])
+        ours.setLevel(before[1])
+        ours.propagate = before[2]
+    assert "[rora_serve.probing] its probe is asked at each start" in stream.getvalue()
