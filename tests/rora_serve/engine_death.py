@@ -79,7 +79,7 @@ def engine_processes(server: Server) -> dict[str, psutil.Process]:
 
 
 def kill_under_traffic(server: Server, models: Sequence[str], which: str) -> Death:
-    """Kill the engine's `core` or `worker` while clients stream answers of `models`."""
+    """Kill the engine's `core` or `worker` under traffic; every other client streams."""
     family = psutil.Process(server.process.pid).children(recursive=True)
     death = asyncio.run(_run(server, models, engine_processes(server)[which]))
     _, alive = psutil.wait_procs(family, timeout=5)
@@ -95,7 +95,8 @@ async def _run(server: Server, models: Sequence[str], victim: psutil.Process) ->
     async def client_loop(client: httpx.AsyncClient, number: int) -> None:
         prompt = prompts(number, 1, 12)[0]
         while not is_over.is_set():
-            outcome = await ask(client, models[number % len(models)], prompt, NUM_TOKENS)
+            model, stream = models[number % len(models)], number % 2 == 0
+            outcome = await ask(client, model, prompt, NUM_TOKENS, stream=stream)
             asked.append(outcome)
             if not outcome.is_whole:
                 await asyncio.sleep(0.05)

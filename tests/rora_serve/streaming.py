@@ -1,4 +1,4 @@
-"""One streamed request, and whatever became of it: tokens with their times, an error, a hang-up."""
+"""One request, and whatever became of it: tokens with their times, an error, a hang-up."""
 
 import json
 import time
@@ -62,11 +62,12 @@ async def ask(
     num_tokens: int,
     *,
     headers: Mapping[str, str] = _NO_HEADERS,
+    stream: bool = True,
 ) -> Outcome:
     """Ask for a greedy continuation of exactly `num_tokens`; nothing that happens is raised."""
     body = {
         "model": model, "prompt": list(prompt), "max_tokens": num_tokens, "temperature": 0,
-        "ignore_eos": True, "stream": True, "return_token_ids": True,
+        "ignore_eos": True, "stream": stream, "return_token_ids": True,
     }  # fmt: skip
     found = Outcome(model, time.monotonic())
     try:
@@ -77,10 +78,12 @@ async def ask(
             found.status = response.status_code
             found.version = response.headers.get("x-rora-adapter")
             found.retry_after = response.headers.get("retry-after")
-            if response.status_code == 200:
+            if response.status_code == 200 and stream:
                 await _read(response, found, num_tokens)
             else:
                 found.body = _parsed(await response.aread())
+                if response.status_code == 200:
+                    found.tokens = found.body["choices"][0]["token_ids"]
     except httpx.HTTPError as error:
         found.error = type(error).__name__
     found.ended = time.monotonic()
