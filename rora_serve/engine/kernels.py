@@ -28,13 +28,19 @@ from numba.extending import intrinsic
 from rora_serve.engine.slots import PANEL, Element
 from rora_serve.engine.threads import Threads
 
-# A tile is as many rows of x and y, and as many rows of A or vectors of a row of Bᵀ, as fill the
-# registers with sums: 16 of 32 with AVX-512, else 12 of 16 or more.
+# A tile is a few rows of x and y, and as many rows of A or vectors of a row of Bᵀ as leave
+# registers beside the sums: 16 of 32 are sums with AVX-512, else 12 or 8 of 16.
 _FEATURES = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()
 _HAS_AVX512 = "+avx512f" in _FEATURES.split(",")
 _LANES = 16 if _HAS_AVX512 else 8  # float32 of a vector
-_ROWS = 4 if _HAS_AVX512 else 3
-_FACTORS = 4
+_ROWS = 4
+_FACTORS = 4 if _HAS_AVX512 else 3
+_VECTORS = 4 if _HAS_AVX512 else 2
+_CHAINS = 4  # sums of a row alone, so that none waits for the one before
+# Whether a row alone asks for factors ahead. It reads in order, which processors foresee; with
+# AVX2 asking as well costs a tenth, with AVX-512 it saves as much. Tiles of several rows read in
+# several places at once, and gain by it everywhere.
+_ONE_ROW_ASKS = _HAS_AVX512
 _MANY = 16  # rows from which on threads share a group's rows, not its factors, if there are enough
 # Rows that are finished before the next ones of a long group: their part of y is read as it lies,
 # from memory, and an adapter's factors for each of them again, from the second-level cache.
@@ -250,8 +256,11 @@ def _call(_: Any, function: Any) -> Any:
     return types.int32(types.int64), generate
 
 
-def _new_dots(num_rows: int, num_factors: int) -> Callable[..., None]:
-    """Return a tile of x Aᵀ: out[i, r] = x[rows[i]] . A[r] for a few rows of each."""
+def _new_dots(num_rows: int, num_factors: int, num_chains: int = 1) -> Callable[..., None]:
+    """Return a tile of x Aᵀ: out[i, r] = x[rows[i]] . A[r] for a few rows of each.
+
+    Args: num_chains: vectors of a row that are read at a time, each for a sum of its own.
+    """
 
     @intrinsic
     def dots(
@@ -278,6 +287,7 @@ def _new_dots(num_rows: int, num_factors: int) -> Callable[..., None]:
             row_bytes = numbers.times(length, size_a)
             a_rows = [numbers.plus(a, numbers.times(row_bytes, r)) for r in range(num_factors)]
             tile = [(i, r) for i in range(num_rows) for r in range(num_factors)]
+            step = num_chains * _LANES
 
             def add(to: _Builder, sums: Any, c: Any) -> None:
                 a_offset, x_offset = to.times(c, size_a), to.times(c, size_x)
@@ -287,18 +297,26 @@ def _new_dots(num_rows: int, num_factors: int) -> Callable[..., None]:
                     total = to.times_plus(inputs[i], factors[r], builder.load(sums[i, r]))
                     builder.store(total, sums[i, r])
 
-            sums = {place: vectors.zero() for place in tile}
-            with vectors.steps(_BITS_64(0), length, _LANES) as (c, ______):
-                for row in a_rows:
-                    vectors.prefetch(vectors.plus(row, vectors.times(c, size_a), ahead))
-                add(vectors, sums, c)
+            chains = [{place: vectors.zero() for place in tile} for ______ in range(num_chains)]
+            with vectors.steps(_BITS_64(0), length, step) as (c, ______):
+                for row in a_rows if num_rows > 1 or _ONE_ROW_ASKS else ():
+                    asked = vectors.plus(row, vectors.times(c, size_a), ahead)
+                    for offset in range(0, step * size_a, 64):
+                        vectors.prefetch(vectors.plus(asked, _BITS_64(offset)))
+                for number, sums in enumerate(chains):
+                    add(vectors, sums, vectors.plus(c, _BITS_64(number * _LANES)))
+            whole = builder.sub(length, builder.urem(length, _BITS_64(step)))
+            with vectors.steps(whole, length, _LANES) as (c, ______):
+                add(vectors, chains[0], c)
             rests = {place: numbers.zero() for place in tile}
             whole = builder.and_(length, _BITS_64(-_LANES))
             with numbers.steps(whole, length, 1) as (c, ______):
                 add(numbers, rests, c)
             for i, r in tile:
-                vector, rest = builder.load(sums[i, r]), builder.load(rests[i, r])
-                total = builder.fadd(vectors.sum(vector), rest)
+                vector, *others = (builder.load(sums[i, r]) for sums in chains)
+                for other in others:
+                    vector = builder.fadd(vector, other)
+                total = builder.fadd(vectors.sum(vector), builder.load(rests[i, r]))
                 place = numbers.plus(out, numbers.times(out_stride, i), _BITS_64(4 * r))
                 numbers.store(total, place, types.float32)
 
@@ -335,7 +353,8 @@ def _new_add_tile(num_rows: int, num_vectors: int, lanes: int) -> Callable[..., 
             sums = {place: to.zero() for place in tile}
             with to.steps(_BITS_64(0), rank, 1) as (r, ______):
                 row = to.plus(b, to.times(r, b_stride))
-                for offset in range(0, num_vectors * lanes * size_b, 64):
+                asked = num_vectors * lanes * size_b if num_rows > 1 or _ONE_ROW_ASKS else 0
+                for offset in range(0, asked, 64):
                     to.prefetch(to.plus(row, ahead, _BITS_64(offset)))
                 factors = [
                     to.load(to.plus(row, _BITS_64(v * lanes * size_b)), like_b)
@@ -360,12 +379,12 @@ def _new_add_tile(num_rows: int, num_vectors: int, lanes: int) -> Callable[..., 
 
 _dots = _new_dots(_ROWS, _FACTORS)
 _dots_of_one_factor = _new_dots(_ROWS, 1)
-_dot = _new_dots(1, 1)
-_add_tile = _new_add_tile(_ROWS, _FACTORS, _LANES)
-_add_vectors_to_one_row = _new_add_tile(1, _FACTORS, _LANES)
+_dot = _new_dots(1, 1, _CHAINS)
+_add_tile = _new_add_tile(_ROWS, _VECTORS, _LANES)
+_add_panel_to_one_row = _new_add_tile(1, PANEL // _LANES, _LANES)
 _add_vector_to_one_row = _new_add_tile(1, 1, _LANES)
 _add_number_to_one_row = _new_add_tile(1, 1, 1)
-_TILE_COLUMNS = _FACTORS * _LANES
+_TILE_COLUMNS = _VECTORS * _LANES
 
 _compiled = njit(nogil=True, error_model="numpy")
 _inlined = njit(nogil=True, error_model="numpy", forceinline=True)
@@ -429,42 +448,41 @@ def _expand_panel(
     """y[rows[i], column : column + width] += scaling * shrunk[i, at : at + rank] panel."""
     y_stride, s_stride, b_stride = job.y_stride, job.shrunk_stride * 4, width * _size(like)
     panel_bytes = rank * b_stride
-    c = 0
-    while c < width:
-        y, at_b = job.y + (column + c) * _size(like_y), b + c * _size(like)
-        num_columns = 1
-        if c + _TILE_COLUMNS <= width:
-            num_columns = _TILE_COLUMNS
-        elif c + _LANES <= width:
-            num_columns = _LANES
-        i = first
-        while i < last:
+    i = first
+    while i < last:
+        num_rows = _ROWS if i + _ROWS <= last else 1
+        c = 0
+        while c < width:
+            y, at_b = job.y + (column + c) * _size(like_y), b + c * _size(like)
             rows, s = job.rows + 8 * i, _shrunk(job, i, at)
-            num_rows = 1
-            if num_columns == _TILE_COLUMNS:
-                if i + _ROWS <= last:
-                    num_rows = _ROWS
-                    _add_tile(
-                        y, y_stride, rows, s, s_stride, at_b, b_stride, rank, panel_bytes, scaling,
-                        like_y, like,
-                    )  # fmt: skip
-                else:
-                    _add_vectors_to_one_row(
-                        y, y_stride, rows, s, s_stride, at_b, b_stride, rank, panel_bytes, scaling,
-                        like_y, like,
-                    )  # fmt: skip
-            elif num_columns == _LANES:
-                _add_vector_to_one_row(
+            if num_rows == 1 and c + PANEL <= width:
+                num_columns = PANEL
+                _add_panel_to_one_row(
                     y, y_stride, rows, s, s_stride, at_b, b_stride, rank, panel_bytes, scaling,
                     like_y, like,
                 )  # fmt: skip
+            elif num_rows == _ROWS and c + _TILE_COLUMNS <= width:
+                num_columns = _TILE_COLUMNS
+                _add_tile(
+                    y, y_stride, rows, s, s_stride, at_b, b_stride, rank, panel_bytes, scaling,
+                    like_y, like,
+                )  # fmt: skip
+            elif c + _LANES <= width:
+                num_columns = _LANES
+                for row in range(num_rows):
+                    _add_vector_to_one_row(
+                        y, y_stride, rows + 8 * row, s + s_stride * row, s_stride, at_b, b_stride,
+                        rank, panel_bytes, scaling, like_y, like,
+                    )  # fmt: skip
             else:
-                _add_number_to_one_row(
-                    y, y_stride, rows, s, s_stride, at_b, b_stride, rank, panel_bytes, scaling,
-                    like_y, like,
-                )  # fmt: skip
-            i += num_rows
-        c += num_columns
+                num_columns = 1
+                for row in range(num_rows):
+                    _add_number_to_one_row(
+                        y, y_stride, rows + 8 * row, s + s_stride * row, s_stride, at_b, b_stride,
+                        rank, panel_bytes, scaling, like_y, like,
+                    )  # fmt: skip
+            c += num_columns
+        i += num_rows
 
 
 @_inlined
