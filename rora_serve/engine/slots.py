@@ -187,33 +187,56 @@ class Slot:
 
 
 def new_memory(num_bytes: int) -> memoryview:
-    """Return memory for a slot, which goes back to the system when nothing refers to it.
+    """Return memory for a slot, which goes back to the system when nothing refers to it."""
+    return Pages(num_bytes).hold(num_bytes)
+
+
+class Pages:
+    """Memory straight from the system, for a slot of at most `num_bytes`.
 
     Whole pieces of 2 MiB are asked for as one page each: with pages of 4 KiB a processor looks up
     an address for every 64 cache lines, and factors are read a fifth slower. What is left over is
     in small pages, so that nothing is rounded up.
     """
-    size = max(num_bytes, 1)
-    span = size + _HUGE_PAGE
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    address = _LIBC.mmap(None, span, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-    if address == _MAP_FAILED:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-    # Not the allocator's memory, which keeps what was freed; and nothing mapped beyond its ends,
-    # where a last piece could grow to a whole page.
-    start = _aligned(address, _HUGE_PAGE)
-    end = _aligned(start + size, mmap.PAGESIZE)
-    if start > address:
-        _LIBC.munmap(address, start - address)
-    if end < address + span:
-        _LIBC.munmap(end, address + span - end)
-    whole = size // _HUGE_PAGE * _HUGE_PAGE
-    if whole:
-        _LIBC.madvise(start, whole, _MADV_HUGEPAGE)  # a wish; small pages do as well
-    content = (ctypes.c_ubyte * num_bytes).from_address(start)
-    weakref.finalize(content, _LIBC.munmap, start, end - start)
-    return memoryview(content).cast("B")
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        size = max(num_bytes, 1)
+        span = size + _HUGE_PAGE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        address = _LIBC.mmap(None, span, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        if address == _MAP_FAILED:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        # Not the allocator's memory, which keeps what was freed; and nothing mapped beyond its
+        # ends, where a last piece could grow to a whole page.
+        self._start = _aligned(address, _HUGE_PAGE)
+        if self._start > address:
+            _LIBC.munmap(address, self._start - address)
+        self._end = address + span
+        self._cut(size)
+        whole = size // _HUGE_PAGE * _HUGE_PAGE
+        if whole:
+            _LIBC.madvise(self._start, whole, _MADV_HUGEPAGE)  # a wish; small pages do as well
+        self._free = weakref.finalize(self, _LIBC.munmap, self._start, self._end - self._start)
+
+    def touch(self) -> None:
+        """Let the system find all of it now. Other Python runs meanwhile."""
+        ctypes.memset(self._start, 0, self.num_bytes)
+
+    def hold(self, num_bytes: int) -> memoryview:
+        """Return its first bytes, and give the rest back; of no use afterwards."""
+        self._free.detach()
+        self._cut(max(num_bytes, 1))
+        content = (ctypes.c_ubyte * num_bytes).from_address(self._start)
+        weakref.finalize(content, _LIBC.munmap, self._start, self._end - self._start)
+        return memoryview(content).cast("B")
+
+    def _cut(self, size: int) -> None:
+        end = _aligned(self._start + size, mmap.PAGESIZE)
+        if end < self._end:
+            _LIBC.munmap(end, self._end - end)
+            self._end = end
 
 
 def _copy_in_panels(b: Array, piece: Array) -> None:

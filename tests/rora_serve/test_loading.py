@@ -21,7 +21,7 @@ from adapters.errors import AdapterMismatchError, ArtifactError, EngineSeamError
 from adapters.tensors import Array
 from rora_serve.engine.handover import Draft, copied, hand_over, receive_slots
 from rora_serve.engine.loading import lay_out, read_slot
-from rora_serve.engine.slots import Element, Site, Slot, new_memory
+from rora_serve.engine.slots import Element, Pages, Site, Slot, new_memory
 from rora_serve.loader import Loader
 
 SITES: dict[str, Site | None] = {
@@ -179,11 +179,11 @@ def test_a_slot_is_copied_out_of_a_file_into_memory_that_goes_back() -> None:
     num_bytes = 5 * 1024**2 + 5  # of large pages and small ones
     numbers = np.random.default_rng(0).integers(0, 256, num_bytes, np.uint8)
     np.frombuffer(draft.room(num_bytes), np.uint8)[:] = numbers
-    memory = copied(draft.file, num_bytes)
+    memory = copied(draft.file, new_memory(num_bytes))
     np.testing.assert_array_equal(np.frombuffer(memory, np.uint8), numbers)
     assert memory.readonly
     with pytest.raises(OSError, match=f"has {num_bytes} bytes, {num_bytes + 1} are expected"):
-        copied(draft.file, num_bytes + 1)
+        copied(draft.file, new_memory(num_bytes + 1))
     draft.room(7)[:] = b"another"
     assert bytes(memory[:7]) == numbers[:7].tobytes()
     content = memory.obj
@@ -212,6 +212,31 @@ def test_memory_for_slots_is_not_rounded_up_to_large_pages(num_bytes: int) -> No
     assert psutil.Process().memory_info().rss - before <= num_bytes + 512 * 1024
     assert len(numbers) == num_bytes
     assert numbers.ctypes.data % (2 * 1024**2) == 0
+
+
+def test_memory_that_was_found_before_gives_back_what_a_slot_does_not_need() -> None:
+    before = psutil.Process().memory_info().rss
+    pages = Pages(21 * 1024**2)
+    pages.touch()
+    assert psutil.Process().memory_info().rss - before > 20 * 1024**2
+    numbers = np.frombuffer(pages.hold(5 * 1024**2 + 1), np.uint8)
+    assert psutil.Process().memory_info().rss - before < 6 * 1024**2
+    numbers[:] = 1
+    del pages
+    assert numbers.all(), "it is the slot's by now"
+    del numbers
+    assert psutil.Process().memory_info().rss - before < 1024**2
+
+
+def test_one_slot_after_the_other_is_handed_over_whatever_their_sizes(tmp_path: Path) -> None:
+    holder = Holder()
+    receive_slots(tmp_path / "socket", holder)
+    for number, rank in enumerate((9, 1, 30, 2, 2)):
+        draft = Draft()  # whose bytes between a slot's parts are still zero
+        folder = make(tmp_path / str(number), {"m.v": (rank, 6, 4), "m.o": (200, 8, 6)})
+        digest = weights_digest(open_artifact(folder))
+        hand_over(tmp_path / "socket", number, folder, digest, draft=draft)
+        assert bytes(holder.slots[number].memory) == read(folder).memory[:]
 
 
 def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
