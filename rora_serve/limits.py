@@ -5,9 +5,12 @@ every call says what time it is. Single-threaded: all calls come from one event 
 """
 
 import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from adapters.errors import LimitExceededError
+from adapters.errors import LimitExceededError, OverloadedError
 from rora_serve.tenants import Tenant
 
 _MINUTE_SECONDS = 60.0
@@ -68,11 +71,52 @@ class Limiter:
         if limit is not None:
             self._uses.setdefault(tenant.name, _Use()).tokens.take(count, limit, now)
 
+    def give_back(self, tenant: Tenant, now: float) -> None:
+        """Return the request that `admit` took for one that was refused after it."""
+        limit = tenant.limits.requests_per_minute
+        if limit is not None:
+            self._uses[tenant.name].requests.take(-1, limit, now)
+
     def done(self, tenant: Tenant) -> None:
         """Give back the place of a request that `admit` let in."""
         use = self._uses[tenant.name]
         use.running -= 1
         assert use.running >= 0
+
+
+class BodyRoom:
+    """Counts the bytes of bodies that are on their way in, before any other limit can see them.
+
+    Args: most, most_of_tenant: bytes at once, of all and of one tenant.
+    """
+
+    def __init__(self, most: int, most_of_tenant: int) -> None:
+        self._most = most
+        self._most_of_tenant = most_of_tenant
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def of(self, tenant: str) -> Iterator[Callable[[int], None]]:
+        """Return what counts bytes of one body, which are given back at the end of the `with`.
+
+        It raises OverloadedError if there is no room for them.
+        """
+        held = 0
+
+        def hold(num_bytes: int) -> None:
+            nonlocal held
+            is_full = self._held.total() + num_bytes > self._most
+            if is_full or self._held[tenant] + num_bytes > self._most_of_tenant:
+                raise OverloadedError("too many large bodies are being read; try again in 1 s")
+            held += num_bytes
+            self._held[tenant] += num_bytes
+
+        try:
+            yield hold
+        finally:
+            self._held[tenant] -= held
+            if not self._held[tenant]:
+                del self._held[tenant]
 
 
 @dataclass

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, TypeVar
 
-from rora_serve.api.errors import ErrorResponse, body_too_large
+from rora_serve.api.errors import ErrorResponse, body_too_large, body_too_slow
 from rora_serve.request_log import REQUEST_ID_HEADER, RequestRecord
 
 Scope = MutableMapping[str, Any]
@@ -18,6 +18,7 @@ Result = TypeVar("Result")
 # Of an answer after which the client does better to ask another server.
 CLOSING: Sequence[Header] = ((b"retry-after", b"1"), (b"connection", b"close"))
 MAX_BODY_BYTES = 32 * 1024 * 1024
+MAX_BODY_SECONDS = 60.0
 _SERVER_FAULT = 500  # the first status of those
 _DISCONNECT: Message = {"type": "http.disconnect"}
 
@@ -108,11 +109,20 @@ class Exchange:
         )
         await self.send({"type": "http.response.body", "body": response.body})
 
-    async def read_body(self) -> bytes | None:
-        """Return the request's body, or None if it is above the limit, which is answered then.
+    async def read_body(self, hold: Callable[[int], None]) -> bytes | None:
+        """Return the request's body, or None if it is too large or slow, which is answered then.
 
-        Raises: HungUpError: the client is gone before its end.
+        Args: hold: told of the bytes of each piece before it is kept.
+        Raises: HungUpError: the client is gone before its end; and what `hold` raises.
         """
+        try:
+            async with asyncio.timeout(MAX_BODY_SECONDS):
+                return await self._read_pieces(hold)
+        except TimeoutError:
+            await self.respond(body_too_slow(MAX_BODY_SECONDS), CLOSING)
+            return None
+
+    async def _read_pieces(self, hold: Callable[[int], None]) -> bytes | None:
         chunks, size = [], 0
         while True:
             message = await self.receive()
@@ -123,6 +133,7 @@ class Exchange:
             if size > MAX_BODY_BYTES:
                 await self.respond(body_too_large(MAX_BODY_BYTES))
                 return None
+            hold(len(chunk))
             chunks.append(chunk)
             if not message.get("more_body", False):
                 return b"".join(chunks)

@@ -167,6 +167,11 @@ def route_not_found(method: str, path: str) -> ErrorResponse:
     return ErrorResponse(404, f"There is no {method} {path}.", "route_not_found")
 
 
+def body_too_slow(seconds: float) -> ErrorResponse:
+    """Return the answer for a body that does not come."""
+    return ErrorResponse(408, f"The body did not come within {seconds:g} s.", "body_too_slow")
+
+
 def body_too_large(limit: int) -> ErrorResponse:
     """Return the answer for a body above the limit."""
     return ErrorResponse(413, f"The body is above {limit} bytes.", "body_too_large")

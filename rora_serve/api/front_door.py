@@ -170,7 +170,7 @@ class FrontDoor:
             else:
                 with reception.lifetime.visit():
                     await self._change(kind, scope, exchange, reception, tenant, record)
-        except (StoppingError, EngineDiedError, LimitExceededError) as error:
+        except (StoppingError, EngineDiedError, LimitExceededError, OverloadedError) as error:
             refusal = _refusal(error)
             await exchange.respond(refusal.response, refusal.headers)
         finally:
@@ -198,7 +198,8 @@ class FrontDoor:
             finally:
                 reception.limiter.done(tenant)
             return
-        body = await exchange.read_body()
+        with reception.bodies.of(tenant.name) as hold:
+            body = await exchange.read_body(hold)
         if body is not None:
             exchange.replay(body)
             await self._app(scope, exchange.receive, exchange.send)
@@ -211,7 +212,8 @@ class FrontDoor:
         tenant: Tenant,
         record: RequestRecord,
     ) -> None:
-        body = await exchange.read_body()
+        with reception.bodies.of(tenant.name) as hold:
+            body = await exchange.read_body(hold)
         if body is None:
             return
         try:
@@ -347,7 +349,10 @@ class _Visit:
 
     def _end_limits(self) -> None:
         limiter = self._reception.limiter
-        limiter.spend_tokens(self._tenant, self._record.charged_tokens, time.monotonic())
+        now = time.monotonic()
+        if self._record.queue_ms is None:
+            limiter.give_back(self._tenant, now)
+        limiter.spend_tokens(self._tenant, self._record.charged_tokens, now)
         limiter.done(self._tenant)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from rora_serve.api.allowed import GENERATING_ROUTES
 from rora_serve.api.asgi import Header
 from rora_serve.tenants import Tenant
@@ -23,6 +25,7 @@ _HEADERS_NOT_FOR_CLIENTS = frozenset(
         b"x-request-id",  # the record's takes its place
     }
 )
+_INTEGER = TypeAdapter(int)  # reads what vLLM's bodies read: 64.0, "64", "64.0"
 _COMPLETION_TOKENS = 16  # of an answer of /v1/completions that says nothing; OpenAI's and vLLM's
 # How many tokens may be generated; the first is what the route takes if nothing is said.
 _MAX_TOKENS = {
@@ -93,11 +96,9 @@ def read_model_request(
 
 def _whole(value: object) -> int | None:
     try:
-        if isinstance(value, str) or (isinstance(value, float) and value.is_integer()):
-            return int(value)
-    except ValueError:
+        return None if value is None else _INTEGER.validate_python(value)
+    except ValidationError:  # which vLLM answers
         return None
-    return value if isinstance(value, int) else None
 
 
 def _cap_tokens(content: dict[str, Any], path: str, most: int | None, max_model_len: int) -> None:

@@ -81,14 +81,17 @@ _NO_KEY = _Answer(
     {"www-authenticate": _header("Bearer", always=True)},
 )
 _TOO_LARGE = _Answer("The body is too large.")
+_TOO_SLOW = _Answer("The body did not come in time.")
+_RETRY_AFTER = {"retry-after": _header("Seconds.", always=True, kind="integer")}
+_NO_ROOM = _Answer("Too many large bodies are being read.", _RETRY_AFTER)
 _OF_MODELS = {
     400: _Answer("The request says something else than what is expected."),
     404: _Answer("There is no such model, or the caller may not use it."),
+    408: _TOO_SLOW,
     413: _TOO_LARGE,
     422: _Answer("The adapter does not fit the base model, or failed its probe."),
     429: _Answer(
-        "A limit of the caller's is reached, or too many requests wait already.",
-        {"retry-after": _header("Seconds.", always=True, kind="integer")},
+        "A limit of the caller's is reached, or too many requests wait already.", _RETRY_AFTER
     ),
     500: _Answer("A fault of the server; its log says which."),
     504: _Answer(f"The request was not let in within {DEADLINE_HEADER.decode()}."),
@@ -189,7 +192,9 @@ def _answers_in_front(kind: Kind, method: str) -> Iterator[tuple[int, _Answer]]:
     if kind is Kind.MODEL:
         yield from _OF_MODELS.items()
     if kind is Kind.OWN and method != "get":
+        yield 408, _TOO_SLOW
         yield 413, _TOO_LARGE
+        yield 429, _NO_ROOM
 
 
 def _declare(responses: Json, status: str, answer: _Answer) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -10,6 +10,8 @@ import pytest
 
 from adapters.errors import AdapterMismatchError
 from rora_serve.api.openapi import openapi_document
+from rora_serve.api.reception import RECEPTION_STATE
+from rora_serve.tenants import EVERYBODY
 from tests.conftest import file_limit
 from tests.rora_serve.adapter_server import Place, Rights, form_headers
 from tests.rora_serve.echo_server import write_keys
@@ -232,6 +234,26 @@ for operation in sorted({operation for operation, _, _ in CASES} - {"GET /ready"
         method, _, path = operation.partition(" ")
         return await place.ask(method, path)
 
+    if operation.startswith("GET") or operation == UPLOAD:
+        continue
+
+    @case(operation, 408)
+    async def half_a_body(place: Place, operation: str = operation) -> httpx.Response:
+        async def content() -> AsyncIterator[bytes]:
+            yield b"{"
+            await asyncio.sleep(60)
+
+        method, _, path = operation.partition(" ")
+        return await place.ask(method, path, content=content())
+
+    @case(operation, 429)
+    async def beside_large_bodies(place: Place, operation: str = operation) -> httpx.Response:
+        reception = getattr(place.server.app.state, RECEPTION_STATE)
+        method, _, path = operation.partition(" ")
+        with reception.bodies.of(EVERYBODY.name) as hold:
+            hold(64 * 1024 * 1024)
+            return await place.ask(method, path, content=b"{}")
+
 
 @pytest.mark.parametrize(
     ("operation", "status", "ask"), CASES, ids=[f"{case[0]} {case[1]}" for case in CASES]
@@ -244,6 +266,7 @@ def test_each_answer_is_as_it_is_declared(
     ask: Callable[[Place], Answer],
 ) -> None:
     monkeypatch.setattr("rora_serve.api.asgi.MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr("rora_serve.api.asgi.MAX_BODY_SECONDS", 0.2)
 
     async def run() -> httpx.Response:
         return await ask(place)
@@ -255,7 +278,7 @@ def test_each_answer_is_as_it_is_declared(
         error = answer.json()["error"]
         assert {"message", "type", "param", "code"} <= set(error)
         # vLLM's own routes answer in vLLM's words, past the front door.
-        is_vllms = "lora_adapter" in operation and status not in (401, 413)
+        is_vllms = "lora_adapter" in operation and status not in (401, 408, 413, 429)
         assert isinstance(error["code"], int if is_vllms else str)
 
 

@@ -13,11 +13,12 @@ from starlette.datastructures import State
 
 from adapters import AdapterStore, ResolvedVersion
 from adapters.errors import AdapterMismatchError
-from rora_serve.api.asgi import MAX_BODY_BYTES
+from rora_serve.api.asgi import MAX_BODY_BYTES, Exchange
 from rora_serve.api.front_door import FrontDoor, current_adapter
 from rora_serve.api.reception import RECEPTION_STATE
 from rora_serve.api.routes import make_router
 from rora_serve.models import ModelDirectory, ServedAdapter, ServedBase
+from rora_serve.request_log import RequestRecord
 from tests.rora_serve.adapter_server import make_reception
 from tests.rora_serve.reaching import client_of
 
@@ -171,6 +172,21 @@ def test_a_body_above_the_limit_is_413(client: TestClient) -> None:
     answer = ask(client, b"x" * (MAX_BODY_BYTES + 1))
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_a_body_that_does_not_come_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rora_serve.api.asgi.MAX_BODY_SECONDS", 0.01)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    exchange = Exchange(receive, send, RequestRecord("1", "POST", "/v1/completions", 0.0))
+    assert asyncio.run(exchange.read_body(lambda _: None)) is None
+    assert sent[0]["status"] == 408
 
 
 def test_models_are_listed_with_their_base_and_version(

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.errors import LimitExceededError
+from adapters.errors import LimitExceededError, OverloadedError
 from rora_serve.key_file import KeyFile
-from rora_serve.limits import Limiter
+from rora_serve.limits import BodyRoom, Limiter
 from rora_serve.tenants import EVERYBODY, Limits, Tenant, key_digest
 
 
@@ -47,6 +47,33 @@ def test_a_refused_request_costs_nothing() -> None:
         assert refusal(limiter, tenant, second).retry_after_seconds == pytest.approx(60 - second)
     limiter.done(tenant)
     limiter.admit(tenant, 60.0)
+
+
+def test_what_is_refused_later_is_given_back() -> None:
+    limiter, tenant = Limiter(), make_tenant(requests_per_minute=1)
+    for _ in range(3):
+        limiter.admit(tenant, 0.0)
+        refusal(limiter, tenant, 0.0)
+        limiter.give_back(tenant, 0.0)
+        limiter.done(tenant)
+    limiter.admit(tenant, 0.0)
+    refusal(limiter, tenant, 0.0)
+
+
+def test_bodies_have_room_as_long_as_they_are_read() -> None:
+    room = BodyRoom(100, 60)
+    with room.of("a") as hold:
+        hold(60)
+        with pytest.raises(OverloadedError), room.of("a") as more:
+            more(1)
+        with room.of("b") as other:
+            other(40)
+            with pytest.raises(OverloadedError):
+                other(1)
+        with room.of("b") as other:
+            other(40)
+    with room.of("a") as hold:
+        hold(60)
 
 
 def test_tokens_are_spent_afterwards_and_may_leave_a_debt() -> None:

@@ -171,6 +171,7 @@ def test_tokens_are_capped_at_the_tenants_most(
     ("body", "number"),
     [
         ({}, 1), ({"n": 3}, 3), ({"n": 0}, 1), ({"n": "3"}, 3), ({"n": 64.0}, 64),
+        ({"n": "64.0"}, 64),
         ({"n": "x"}, 1), ({"prompt": "a"}, 1),
         ({"prompt": ["a", "b"]}, 2), ({"prompt": ["a", "b"], "n": 4}, 8),
         ({"prompt": [1, 2, 3]}, 1), ({"prompt": [[1, 2], [3]]}, 2), ({"prompt": []}, 1),
@@ -257,6 +258,24 @@ def test_a_tenant_above_its_limit_is_told_when_to_come_again(
         assert answer.json()["error"]["code"] == "rate_limit_exceeded"
         assert "requests_per_minute is 1" in answer.json()["error"]["message"]
         assert (await server.ask(key=OPERATOR)).status_code == 200
+
+    run(test())
+
+
+def test_a_request_that_finds_no_place_in_time_costs_nothing(
+    store: AdapterStore, keys: KeyFile
+) -> None:
+    async def test() -> None:
+        server = Server(store, keys, places=1)
+        server.gate.clear()
+        first = asyncio.create_task(server.ask(key=OPERATOR))
+        await wait_until(lambda: server.reception.admission.in_flight == 1)
+        late = await server.ask(key=TIRED, headers=[("x-rora-deadline-ms", "20")])
+        assert late.status_code == 504
+        server.gate.set()
+        await first
+        assert (await server.ask(key=TIRED)).status_code == 200
+        assert (await server.ask(key=TIRED)).status_code == 429
 
     run(test())
 
