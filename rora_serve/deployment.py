@@ -1,7 +1,7 @@
 """Deployment: what a server with these settings would serve, found out without starting one.
 
 What the server refuses is asked of the parts that refuse it there. Neither vLLM nor torch is
-imported, and nothing is written.
+imported, and nothing is written but a base model that is not here yet.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +18,7 @@ from adapters.receipt import BaseShapes
 from adapters.store import verify
 from adapters.verdict_files import ProbeRecord
 from rora_serve.catalog import describe_fitting
+from rora_serve.chat_templates import TemplateProcess
 from rora_serve.config import ServeConfig
 from rora_serve.host_tier import check_fits
 from rora_serve.key_file import exposed, read_tenants
@@ -217,6 +218,7 @@ class _Checks:
         self._left = capacity - plan.pinned_bytes
         self._pinned = {_key(one.resolved) for one in plan.wanted if one.is_pinned}
         self._found: dict[str, tuple[ProbeState, str | None]] = {}  # by digest
+        self._templates = TemplateProcess()
 
     def outcome(self, resolved: ResolvedVersion) -> tuple[ProbeState, str | None]:
         """Return how a version's probe came out, and why it would not be served, or None."""
@@ -233,7 +235,9 @@ class _Checks:
 
         def ask() -> None:
             nonlocal probe
-            self._base.check(resolved)
+            template = self._base.check(resolved)
+            if template is not None:
+                self._templates.read(template).result()
             verify(resolved)
             describe_fitting(resolved.folder, self._shapes)
             if read_probe(resolved.folder) is not None:

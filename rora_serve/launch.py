@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +24,7 @@ from adapters.receipt import BaseShapes
 from adapters.store import verify
 from rora_serve.admission import Admission
 from rora_serve.catalog import Catalog
+from rora_serve.chat_templates import TemplateProcess
 from rora_serve.config import ServeConfig
 from rora_serve.engine.handover import SOCKET_VARIABLE
 from rora_serve.engine.platform_plugin import SEAM_FLAG, SLEEP_FLAG
@@ -78,6 +79,8 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     names = tuple(arguments.served_model_name)
     check_names(names, store)
     base, shapes = read_base(model, names)
+    if arguments.chat_template is not None:
+        base = replace(base, chat_template=_served_template(arguments.chat_template))
     keys = _open_keys(config)
     capacity = adapter_memory(config.adapter_memory_bytes, model)
     plan = make_plan(
@@ -230,6 +233,14 @@ def _confirm_platform() -> None:
         )
 
 
+def _served_template(given: str) -> str | None:
+    """Return what vLLM takes `--chat-template` for: a file's content, or the template itself."""
+    from vllm.renderers.chat_utils import load_chat_template  # noqa: PLC0415
+
+    template: str | None = load_chat_template(given)
+    return template
+
+
 async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
     """Start engine and server, serve, and return whether the engine died."""
     from vllm import envs  # noqa: PLC0415
@@ -247,6 +258,7 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
     address, sock = setup_server(arguments, reuse_port=False)
     loader = Loader(Path(os.environ[SOCKET_VARIABLE])) if is_cpu_build() else None
     process = SideProcess()
+    templates = TemplateProcess()
     try:
         async with build_async_engine_client(arguments) as engine:
             if loader is not None:
@@ -262,7 +274,7 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
             stopped = threading.Event()  # after which an engine that is gone did not die
             lifetime = Lifetime(lambda: stopped.is_set() or not engine.errored)
             _note_shutdown(engine, lifetime, stopped)
-            preloader = _open_door(app, engine, loader, process, parts, lifetime)
+            preloader = _open_door(app, engine, loader, process, templates, parts, lifetime)
             print(
                 f"rora-serve: {parts.base.names[0]} and {len(parts.store.names())} adapters of "
                 f"{parts.store.root} at {address}",
@@ -301,6 +313,7 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
     finally:
         sock.close()
         process.close()
+        templates.close()
         if loader is not None:
             loader.close()
     return died
@@ -311,6 +324,7 @@ def _open_door(
     engine: "EngineClient",
     loader: Loader | None,
     process: SideProcess,
+    templates: TemplateProcess,
     parts: _Parts,
     lifetime: Lifetime,
 ) -> Preloader:
@@ -326,7 +340,14 @@ def _open_door(
     config, base = parts.config, parts.base
     adapters = _Adapters(engine, loader)
     prober = make_prober(engine, parts.store, fingerprint=base.fingerprint)
-    directory = ModelDirectory(base, parts.store, adapters, capacity=parts.capacity, prober=prober)
+    directory = ModelDirectory(
+        base,
+        parts.store,
+        adapters,
+        capacity=parts.capacity,
+        prober=prober,
+        templates=templates,
+    )
     admission = Admission(config.max_num_seqs, queue_per_tenant=config.queue_per_tenant)
     tier = directory.tier
 

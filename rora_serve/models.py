@@ -25,7 +25,7 @@ from adapters.errors import (
 )
 from adapters.objects import Lease
 from adapters.receipt import BaseShapes, read_base_shapes
-from rora_serve.chat_templates import ChatTemplate, read_template
+from rora_serve.chat_templates import ChatTemplate, TemplateProcess
 from rora_serve.host_tier import HostTier
 from rora_serve.probing import Prober
 
@@ -69,7 +69,7 @@ class ServedBase:
     Args:
         names: what requests call it; the first is its name.
         fingerprint: of its weights, from adapters.base_model.
-        chat_template: its own, or None.
+        chat_template: that chats are written by, or None.
     """
 
     names: tuple[str, ...]
@@ -83,11 +83,11 @@ class ServedBase:
             return f"it was trained on {claim.name!r}, this is {self.names[0]!r}"
         return None
 
-    def check(self, resolved: ResolvedVersion) -> ChatTemplate | None:
+    def check(self, resolved: ResolvedVersion) -> bytes | None:
         """Refuse a version that is for another base, or whose small files are not what was stored.
 
         Its weights are checked when they are loaded.
-        Returns: its own chat template.
+        Returns: its chat template, if that is another one than the base's.
         Raises: AdapterMismatchError, ArtifactError.
         """
         version, folder = resolved.version, resolved.folder
@@ -96,16 +96,9 @@ class ServedBase:
             raise AdapterMismatchError(reason)
         if version_digest(version.weights_digest, folder) != version.digest:
             raise ArtifactError(f"{folder}: {CHANGED}")
-        return self.own_template(folder)
-
-    def own_template(self, folder: Path) -> ChatTemplate | None:
-        """Return an adapter's chat template if it has another one than the base.
-
-        Raises: AdapterMismatchError: its work has no bound.
-        """
         content = read_chat_template(folder)
         base = (self.chat_template or "").strip().encode()
-        return None if content is None or content.strip() == base else read_template(content)
+        return None if content is None or content.strip() == base else content
 
 
 def read_base(folder: Path, names: Sequence[str]) -> tuple[ServedBase, BaseShapes]:
@@ -156,6 +149,7 @@ class ModelDirectory:
         engine: which loads them.
         capacity: bytes that adapters may take in the engine.
         prober: that each version's probe is checked by; without one, none is.
+        templates: that writes chats by adapters' own templates.
 
     tier: what the engine holds.
     """
@@ -168,9 +162,11 @@ class ModelDirectory:
         *,
         capacity: int,
         prober: Prober | None = None,
+        templates: TemplateProcess | None = None,
     ) -> None:
         self.base_names = base.names
         self.store = store
+        self.templates = templates or TemplateProcess()
         self._base = base
         self._engine = engine
         self._prober = prober
@@ -301,17 +297,21 @@ class ModelDirectory:
         known = self._admitted.get(digest)
         if known is not None:
             return known.template
-        admitted = await asyncio.to_thread(self._checked, resolved)
+        admitted = await self._checked(resolved)
         if digest not in self._admitted:
             self._admitted[digest] = admitted
         elif admitted.lease is not None:  # two first requests at once
             admitted.lease.release()
         return admitted.template
 
-    def _checked(self, resolved: ResolvedVersion) -> "_Admitted":
-        lease = self._lease(resolved)
+    async def _checked(self, resolved: ResolvedVersion) -> "_Admitted":
+        lease = await asyncio.to_thread(self._lease, resolved)
         try:
-            return _Admitted(resolved, lease, self._base.check(resolved))
+            content = await asyncio.to_thread(self._base.check, resolved)
+            template = None
+            if content is not None:
+                template = await asyncio.wrap_future(self.templates.read(content))
+            return _Admitted(resolved, lease, template)
         except BaseException:
             if lease is not None:
                 lease.release()

@@ -69,10 +69,8 @@ def _new_processes() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=context, initializer=_begin)
 
 
-def _begin() -> None:
-    """Set up the process: only its parent ends it, and nothing of it outlives that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(_NICENESS)
+def follow_parent() -> None:
+    """End this process when the one that started it is gone, whatever it does then."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -81,3 +79,10 @@ def _begin() -> None:
         os._exit(0)
 
     threading.Thread(target=follow, name="follow-parent", daemon=True).start()
+
+
+def _begin() -> None:
+    """Set up the process: only its parent ends it, and nothing of it outlives that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(_NICENESS)
+    follow_parent()

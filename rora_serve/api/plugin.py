@@ -1,6 +1,8 @@
 """Putting our routes and the resolved adapter into vLLM's app, behind the front door."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
@@ -8,7 +10,8 @@ from vllm.lora.request import LoRARequest
 
 from rora_serve.api.front_door import FrontDoor, current_adapter
 from rora_serve.api.reception import RECEPTION_STATE, Reception
-from rora_serve.chat_templates import MAX_WORK
+from rora_serve.chat_templates import ChatTemplate, ChatTemplateError, TemplateProcess
+from rora_serve.engine.compat import replace_template_writer, without_developer
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -40,50 +43,83 @@ class RequestAdapters(Mapping[str, LoRARequest]):
         return 0
 
 
+# The own template that the current request's chat is written by, once it is known to be.
+_writing: ContextVar[ChatTemplate | None] = ContextVar("_writing", default=None)
+
+
 def with_own_templates(
-    preprocess_chat: Callable[..., Awaitable[Any]],
+    preprocess_chat: Callable[..., Awaitable[Any]], *, can_write: bool
 ) -> Callable[..., Awaitable[Any]]:
-    """Return what renders a chat by the template of the current request's adapter, if it has one.
+    """Return what reads a chat for the template of the current request's adapter, if it has one.
+
+    Args: can_write: whether the base model's tokenizer goes by templates at all.
 
     vLLM's chat, responses and tokenize handlers all come through it, in the request's task, after
     they refused what a client may not bring; a template that they let in from a client goes first.
     """
 
-    async def render(
-        request: Any, messages: list[Any], default_template: str | None, *rest: Any, **options: Any
+    async def preprocess(
+        request: Any,
+        messages: list[Any],
+        default_template: str | None,
+        default_template_content_format: str,
+        *rest: Any,
+        **options: Any,
     ) -> Any:
         adapter = current_adapter.get()
         own = None if adapter is None else adapter.chat_template
         if own is None or getattr(request, "chat_template", None) is not None:
-            return await preprocess_chat(request, messages, default_template, *rest, **options)
-        others = [
-            getattr(request, "chat_template_kwargs", None),
-            getattr(request, "documents", None),
-        ]
-        try:
-            work = own.work(
-                [_plain(message) for message in messages], options["tool_dicts"], others
+            return await preprocess_chat(
+                request,
+                messages,
+                default_template,
+                default_template_content_format,
+                *rest,
+                **options,
             )
-        except (TypeError, ValueError) as error:
-            raise VLLMValidationError(str(error)) from error
-        if work > MAX_WORK:
+        if not can_write:
             raise VLLMValidationError(
-                f"the adapter's chat template may write {work} characters for this request, at "
-                f"most {MAX_WORK} are served; send fewer or shorter messages and tools"
+                "The adapter has a chat template of its own, and the base model's tokenizer writes "
+                "chats without one."
             )
-        return await preprocess_chat(request, messages, own.text, *rest, **options)
+        token = _writing.set(own)
+        try:
+            return await preprocess_chat(
+                request, messages, default_template, own.content_format, *rest, **options
+            )
+        finally:
+            _writing.reset(token)
 
-    return render
+    return preprocess
 
 
-def _plain(message: Any) -> Any:
-    """Return a message as plain JSON; what pydantic left to be read once becomes a list in it."""
-    if not isinstance(message, dict):
-        return message.model_dump()
-    for key, value in message.items():
-        if isinstance(value, Iterator):
-            message[key] = list(value)
-    return message
+def with_own_text(
+    apply_template: Callable[..., Awaitable[Any]], templates: TemplateProcess
+) -> Callable[..., Awaitable[Any]]:
+    """Return what writes a chat that vLLM has read, by the adapter's own template if it has one.
+
+    The template never comes near vLLM's own code, which looks through it on the server's loop.
+    """
+
+    async def write(model_config: Any, tokenizer: Any, messages: Any, **options: Any) -> Any:
+        own = _writing.get()
+        if own is None:
+            return await apply_template(model_config, tokenizer, messages, **options)
+        chat = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
+        chat = {**tokenizer.special_tokens_map, **chat}
+        chat["messages"] = without_developer(messages, own.text)
+        try:
+            text = await asyncio.wrap_future(templates.write(own.text, chat))
+        except ChatTemplateError as error:
+            raise VLLMValidationError(f"The adapter's chat template: {error}") from error
+        tokenize = options.get("tokenize", True)
+        return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
+
+    return write
+
+
+# Of transformers' apply_chat_template, not of templates.
+_OF_THE_CALL = frozenset({"chat_template", "tokenize", "return_dict", "tokenizer_kwargs"})
 
 
 # What vLLM's --middleware takes.
@@ -105,7 +141,11 @@ def install(app: "FastAPI", reception: Reception, routes: "Sequence[BaseRoute]")
 
     serving_models.lora_requests = RequestAdapters()
     serving_models.model_name = model_name
-    renderer = app.state.online_renderer
-    renderer.preprocess_chat = with_own_templates(renderer.preprocess_chat)
+    online = app.state.online_renderer
+    templates = reception.directory.templates
+    can_write = replace_template_writer(
+        online.renderer, lambda write: with_own_text(write, templates)
+    )
+    online.preprocess_chat = with_own_templates(online.preprocess_chat, can_write=can_write)
     app.router.routes[:0] = routes  # before vLLM's own /v1/models
     setattr(app.state, RECEPTION_STATE, reception)

@@ -3,7 +3,7 @@
 tests/rora_serve/test_compat.py fails when one of them moves.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.renderers import hf
+from vllm.renderers.hf import HfRenderer
 from vllm.v1.sample import sampler
 
 from adapters.artifact import Kind
@@ -210,3 +212,25 @@ def drop_lora_info(engine: Any) -> None:
     for stat_logger in () if manager is None else manager.stat_loggers:
         if hasattr(stat_logger, "gauge_lora_info"):
             stat_logger.gauge_lora_info = None
+
+
+def replace_template_writer(
+    renderer: Any, make: Callable[[Callable[..., Awaitable[Any]]], Callable[..., Awaitable[Any]]]
+) -> bool:
+    """Put what `make` makes of it in the place of what applies chat templates.
+
+    Returns: whether there is such a thing; some tokenizers write chats by themselves.
+    """
+    if not isinstance(renderer, HfRenderer):
+        return False
+    written: Any = renderer
+    written._apply_chat_template_async = make(written._apply_chat_template_async)
+    return True
+
+
+def without_developer(conversation: Any, template: str) -> Any:
+    """Return a conversation as vLLM gives it to a template that may not know developers."""
+    is_developed = any(message["role"] == "developer" for message in conversation)
+    if not is_developed or hf._detect_developer_role_support(template):
+        return conversation
+    return hf._consolidate_system_messages(hf._convert_developer_to_system(conversation))

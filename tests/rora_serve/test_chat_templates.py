@@ -1,117 +1,166 @@
+"""Adapters' own chat templates against transformers' rendering; hostile ones against limits."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from adapters.errors import AdapterMismatchError
-from rora_serve.chat_templates import MAX_SERVED_BYTES, MAX_WORK, read_template
+from rora_serve.chat_templates import (
+    MAX_CHARACTERS,
+    ChatTemplate,
+    ChatTemplateError,
+    TemplateProcess,
+)
+from trainer.model import load_tokenizer
 
-SERVED = {
-    "chatml": "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<s>{% endif %}"
+SECONDS = 1.0
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ bos_token }}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "headers": "{% set rest = messages %}{% for m in rest %}{% set text = '<h>' + m['role']"
-    " + '</h>' + m['content'] | trim %}{% if loop.index0 == 0 %}"
-    "{% set text = bos_token + text %}{% endif %}"
-    "{{ text }}{% endfor %}",
-    "turns": "{% set ns = namespace(i=0) %}{% if messages[0].role == 'system' %}"
-    "{% set system = messages[0].content %}{% set rest = messages[1:] %}{% else %}"
-    "{% set rest = messages %}{% endif %}{% for m in rest %}"
-    "{% if (m.role == 'user') != (ns.i % 2 == 0) %}{{ raise_exception('turns') }}{% endif %}"
-    "{% if loop.last and system is defined %}{{ system + '\n' }}{% endif %}{{ m.content }}"
-    "{% set ns.i = ns.i + 1 %}{% endfor %}",
-    "tools": "{% for m in messages %}{% if loop.last and tools %}{% for tool in tools %}"
-    "{{ tool | tojson }}{% endfor %}{% endif %}{% for call in m.tool_calls %}"
-    "{{ call.function.arguments | tojson }}{% for k, v in call.function.arguments.items() %}"
-    "{{ k ~ v }}{% endfor %}{% endfor %}{% endfor %}",
-    "indent": "{% for tool in tools %}{{ tool | tojson(indent=4) }}{% endfor %}",
-    "filtered": "{% for m in messages | selectattr('role', 'equalto', 'user') %}"
-    "{{ m.content | replace('a', 'b') }}{% endfor %}",
-}  # fmt: skip
-REFUSED = {
-    "\n{% for i in range(9) %}{% endfor %}": "line 2 has a call of 'range'",
-    "{{ 'x' * 999999999 }}": "'mul'",
-    "{{ 9 ** 9 ** 9 }}": "'pow'",
-    "{{ '%999999999d' % 1 }}": "'%' of something",
-    "{{ messages[0].content % 1 }}": "'%' of something",
-    "{{ 'x' | center(999999999) }}": "the filter 'center'",
-    "{{ 'x'.ljust(999999999) }}": "a call of 'ljust'",
-    "{{ '{:9999999}'.format(1) }}": "a call of 'format'",
-    "{{ tools | tojson(indent=99999) }}": "the filter 'tojson' with such",
-    "{{ m | join(messages[0].content) }}": "the filter 'join' with such",
-    "{{ m | replace('a', messages[0].content) }}": "the filter 'replace' with such",
-    "{{ messages | map('center', 99999) }}": "the filter 'map' with such",
-    "{% macro m() %}{{ m() }}{% endmacro %}": "'macro'",
-    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}": "a recursive loop",
-    "{% for m in messages %}{% for n in messages %}{% endfor %}{% endfor %}": "over messages in",
-    "{% for c in messages[0].content.split('') %}{% endfor %}": "a loop over something else",
-    "{% include 'x' %}": "'include'",
-    "{% import 'x' as x %}": "'import'",
-    "{% extends 'x' %}": "'extends'",
-    "{% set x %}{{ x }}{{ x }}{% endset %}": "'assignblock'",
-    "{% set ns = namespace(s='x') %}{% for m in messages %}"
-    "{% set ns.s = ns.s + ns.s %}{% endfor %}":
-        "a 'namespace' adds to",
-    "{% set ns = namespace(s='x') %}{% for m in messages %}{% set t = ns.s %}"
-    "{% set ns.s = t ~ t %}{% endfor %}": "a 'namespace' adds to",
-    "{% set x = messages %}" + "{% set x = x ~ x %}" * 40: "too many times over",
-    "{% set a = namespace(s='x') %}{% set b = a %}{% for m in messages %}"
-    "{% set b.s = a.s ~ a.s %}{% endfor %}": "a field of 'b', which is no 'namespace'",
-    "{% set a = namespace(s='x') %}{% set b = [a] %}": "more than set and read by fields",
-    "{% set ns = namespace(i='%99999999d') %}{{ ns.i % 2 }}{% set ns.i = ns.i + 1 %}":
-        "'%' of something",
-    "{% set x = '" + "x" * 40_000 + "' %}" + "{{ x }}" * 100: "too many times over",
-    "{% if %}": "a mistake",
-    "\n\n{{ cycler('a') }}": "line 3 has a call of 'cycler'",
-}  # fmt: skip
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{{ part.text }}"
+    "{% endfor %}{% endfor %}"
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "macros": "{% macro say(m) %}[{{ m.role | upper }}]{{ m.content | trim }}{% endmacro %}"
+    "{% for m in messages %}{{ say(m) }}{% endfor %}",
+    "turns": "{% set ns = namespace(i=0) %}{% for m in messages %}"
+    "{% if m.role != 'system' and (m.role == 'user') != (ns.i % 2 == 0) %}"
+    "{{ raise_exception('turns') }}{% endif %}{% if m.role == 'system' %}{% continue %}{% endif %}"
+    "{{ m.content }}{% set ns.i = ns.i + 1 %}{% endfor %}",
+    "tools": "{% for tool in tools or [] %}{{ tool | tojson(indent=2) }}{% endfor %}"
+    "{% for m in messages %}{{ m.content }}{% generation %}{{ m.role }}{% endgeneration %}"
+    "{% endfor %}",
+}
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": 'Why <is> it "so"?'},
+    {"role": "assistant", "content": "Because é."},
+    {"role": "user", "content": "And?"},
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_what_templates_are_made_of_is_served(name: str) -> None:
-    template = read_template(SERVED[name].encode())
-    assert template.text == SERVED[name]
-    messages = [{"role": "user", "content": "x" * 500}] * 40
-    assert template.work(messages, None) < MAX_WORK
+@pytest.fixture(scope="module")
+def templates() -> Iterator[TemplateProcess]:
+    process = TemplateProcess(seconds=SECONDS, num_bytes=128 << 20)
+    yield process
+    process.close()
 
 
-@pytest.mark.parametrize("text", REFUSED)
-def test_what_can_grow_is_refused(text: str) -> None:
-    with pytest.raises(AdapterMismatchError) as caught:
-        read_template(text.encode())
-    assert REFUSED[text] in str(caught.value)
+@pytest.fixture(scope="module")
+def tokenizer(default_model: Any) -> PreTrainedTokenizerBase:
+    return load_tokenizer(default_model)
+
+
+def write(templates: TemplateProcess, template: str, **chat: Any) -> str:
+    return templates.write(template, {"messages": MESSAGES, **chat}).result()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("generation", [True, False])
+def test_a_chat_is_written_as_transformers_does(
+    name: str, generation: bool, templates: TemplateProcess, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    options: dict[str, Any] = {"add_generation_prompt": generation, "tools": TOOLS}
+    expected = tokenizer.apply_chat_template(
+        MESSAGES, chat_template=TEMPLATES[name], tokenize=False, **options
+    )
+    found = write(templates, TEMPLATES[name], **tokenizer.special_tokens_map, **options)
+    assert found == expected
+
+
+def test_the_last_message_is_continued_as_transformers_does(
+    templates: TemplateProcess, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    expected = tokenizer.apply_chat_template(
+        MESSAGES, chat_template=CHATML, tokenize=False, continue_final_message=True
+    )
+    found = write(templates, CHATML, **tokenizer.special_tokens_map, continue_final_message=True)
+    assert found == expected
+    assert found.endswith("And?")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_writes_what_the_user_says_is_served(
+    name: str, templates: TemplateProcess
+) -> None:
+    found = templates.read(TEMPLATES[name].encode()).result()
+    assert found == ChatTemplate(TEMPLATES[name], "string")
+
+
+def test_a_template_that_takes_parts_gets_parts(templates: TemplateProcess) -> None:
+    assert templates.read(PARTS.encode()).result().content_format == "openai"
+
+
+# Each would take minutes, gigabytes or the server itself if it could.
+BOMBS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "letters": "{% for a in messages[0].content %}" * 9 + "x" + "{% endfor %}" * 9,
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "doubled": "{% set ns = namespace(s='x' * 999) %}{% for i in range(99) %}"
+    "{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "folded": "{{ 'ab'" + "|join('0123456789abcdef')" * 12 + " }}",
+    "format": "{{ '%999999999d' % 1 }}",
+    "product": "{{ 'x' * 9999999999 }}",
+    "centre": "{{ 'x' | center(999999999) }}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "long": "{% for i in range(99) %}{{ 'x' * 999999 }}{% endfor %}",
+    "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_hostile_template_fails_in_bounded_time_and_others_are_written(
+    name: str, templates: TemplateProcess
+) -> None:
+    begun = time.monotonic()
+    with pytest.raises(ChatTemplateError) as caught:
+        write(templates, BOMBS[name])
+    assert time.monotonic() - begun < 100 * SECONDS, "a start of the process is in it"
     assert "\n" not in str(caught.value)
+    # The control: the process, or the next one, goes on.
+    assert write(templates, "{{ messages[1].content }}") == MESSAGES[1]["content"]
 
 
-def test_a_template_is_small_text() -> None:
-    read_template(b"x" * MAX_SERVED_BYTES)
-    with pytest.raises(AdapterMismatchError, match="at most 65536"):
-        read_template(b"x" * (MAX_SERVED_BYTES + 1))
-    with pytest.raises(AdapterMismatchError, match="not UTF-8"):
-        read_template(b"\xff")
-
-
-def test_the_whole_request_in_every_round_is_too_much_work() -> None:
-    template = read_template(b"{% for m in messages %}{{ messages }}{% endfor %}")
-    message = {"role": "user", "content": "x" * 100}
-    assert template.work([message] * 10, None) < MAX_WORK
-    assert template.work([message] * 10_000, None) > MAX_WORK
+def test_what_took_too_long_rests(templates: TemplateProcess) -> None:
+    endless = BOMBS["loops"] + "{# another one #}"
+    with pytest.raises(ChatTemplateError, match="more than 1 s"):
+        write(templates, endless)
+    assert write(templates, "{{ messages[1].content }}") == MESSAGES[1]["content"]
+    begun = time.monotonic()
+    with pytest.raises(ChatTemplateError, match="more than 1 s"):
+        write(templates, endless)
+    assert time.monotonic() - begun < SECONDS / 2, "it was tried again"
 
 
 @pytest.mark.parametrize(
-    "question",
+    ("content", "reason"),
     [
-        "messages[1:-1] == messages[2:]",
-        "messages[1:-1] is eq messages[2:]",
-        "not (messages[1:-1] == messages[2:])",
-        "m in messages",
-        "m is in messages",
+        (b"\xff", "not UTF-8"),
+        (b"{% if %}", "line 1: Expected an expression"),
+        (b"{{ add_generation_prompt }}", "does not write what the user says"),
+        (b"{{ raise_exception('never') }}", "never"),
+        (b"{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        (b"{% include 'x' %}", "loader"),
     ],
 )
-def test_what_is_compared_item_by_item_is_work(question: str) -> None:
-    text = "{% for m in messages %}{% if " + question + " %}x{% endif %}{% endfor %}"
-    messages = [{"role": "user", "content": "x"}] * 10_000
-    assert read_template(text.encode()).work(messages, None) > MAX_WORK
+def test_a_template_that_writes_no_chat_is_refused(
+    content: bytes, reason: str, templates: TemplateProcess
+) -> None:
+    with pytest.raises(AdapterMismatchError) as caught:
+        templates.read(content).result()
+    assert reason in str(caught.value)
 
 
-@pytest.mark.parametrize("question", ["m.role == 'user'", "not m.content", "m.tools is defined"])
-def test_what_is_answered_at_once_is_none(question: str) -> None:
-    text = "{% for m in messages %}{% if " + question + " %}x{% endif %}{% endfor %}"
-    messages = [{"role": "user", "content": "x" * 1000}] * 10_000
-    assert read_template(text.encode()).work(messages, None) < MAX_WORK
+def test_a_chat_that_is_too_long_is_refused(templates: TemplateProcess) -> None:
+    long = [{"role": "user", "content": "x" * (MAX_CHARACTERS // 8)}]
+    template = "{{ messages[0].content }}" * 9
+    with pytest.raises(ChatTemplateError, match=f"at most {MAX_CHARACTERS}"):
+        templates.write(template, {"messages": long}).result()

@@ -15,6 +15,8 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.platforms.cpu import CpuPlatform
+from vllm.renderers.hf import HfRenderer
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.multiproc_executor import WorkerProc
@@ -63,6 +65,26 @@ def test_our_manager_has_every_method_that_the_runner_calls() -> None:
 def test_handlers_look_adapters_up_in_the_mapping_that_we_replace() -> None:
     for method in (BaseServing._check_model, BaseServing._maybe_get_adapters):
         assert "self.models.lora_requests" in inspect.getsource(method)
+
+
+def test_chats_are_written_by_the_method_that_we_replace() -> None:
+    name = "self._apply_chat_template_async"
+    assert f"{name} = make_async(" in inspect.getsource(HfRenderer.__init__)
+    writing = inspect.getsource(HfRenderer.render_messages_async)
+    assert writing.count(name) == 1
+    assert (
+        "                model_config,\n                tokenizer,\n                conversation,"
+        in writing
+    )
+    expected = ["self", "request", "messages", "default_template"]
+    expected.append("default_template_content_format")
+    assert list(inspect.signature(OnlineRenderer.preprocess_chat).parameters)[:5] == expected
+
+
+def test_developers_become_systems_where_a_template_does_not_know_them() -> None:
+    said = [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}]
+    assert compat.without_developer(said, "{{ 'developer' }}") == said
+    assert compat.without_developer(said, "") == [{"role": "system", "content": "a\n\nb"}]
 
 
 def test_log_probs_need_no_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
