@@ -212,6 +212,8 @@ class FrontDoor:
         tenant: Tenant,
         record: RequestRecord,
     ) -> None:
+        # Before its body takes memory, and the loop's time to be read.
+        reception.limiter.check(tenant, time.monotonic())
         with reception.bodies.of(tenant.name) as hold:
             body = await exchange.read_body(hold)
         if body is None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -258,6 +258,15 @@ def test_a_tenant_above_its_limit_is_told_when_to_come_again(
         assert answer.json()["error"]["code"] == "rate_limit_exceeded"
         assert "requests_per_minute is 1" in answer.json()["error"]["message"]
         assert (await server.ask(key=OPERATOR)).status_code == 200
+
+        async def body() -> AsyncIterator[bytes]:
+            raise AssertionError("what is refused is not read")
+            yield b""
+
+        async with client_of(server.app) as client:
+            headers = {"authorization": f"Bearer {TIRED}"}
+            unread = await client.post("/v1/completions", content=body(), headers=headers)
+        assert unread.status_code == 429
 
     run(test())
 
