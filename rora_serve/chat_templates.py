@@ -25,8 +25,11 @@ logger = logging.getLogger(__name__)
 MAX_SECONDS = 2.0  # for one chat
 MAX_BYTES = 512 << 20  # that a chat may take
 MAX_CHARACTERS = 1 << 24  # that come of it
-_REST_SECONDS = 30.0
+# Of time that a user's chats by a template may take; what took too much has used up all of it.
+_BUDGET_SECONDS, _BUDGET_WINDOW_SECONDS = 5.0, 30.0
+_KEPT_BYTES = 64 << 20  # that the process may have grown by before another one takes its place
 _START_SECONDS = 120.0
+_RESTART_SECONDS = 2.0
 _SAID = "rora"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _MAX_REASON = 300
@@ -54,9 +57,10 @@ class ChatTemplate:
 class TemplateProcess:
     """Writes chats by templates, one after the other, in a process that starts with the first.
 
-    Args:
-        seconds, num_bytes: that one chat may take; above them the process is ended. The template is
-            not tried again for half a minute, so that others' chats are written meanwhile.
+    Args: seconds, num_bytes: that one chat may take; above them the process is ended.
+
+    All chats that a user has written by a template may take 5 s of any 30, and none for 30 s after
+    one that took too much, so that others' are written meanwhile.
     """
 
     def __init__(self, *, seconds: float = MAX_SECONDS, num_bytes: int = MAX_BYTES) -> None:
@@ -65,16 +69,19 @@ class TemplateProcess:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-templates")
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
-        self._resting: dict[str, float] = {}
+        # Until when each user and template have used seconds up, as if they came one by one.
+        self._used_until: dict[tuple[str, str], float] = {}
 
-    def write(self, template: str, chat: Chat) -> "Future[str]":
+    def write(self, template: str, chat: Chat, *, user: str = "") -> "Future[str]":
         """Return the text of a chat.
 
-        Args: chat: what transformers' apply_chat_template takes: `messages`, `tools`, `documents`,
-            `add_generation_prompt`, `continue_final_message`, and what else the template reads.
+        Args:
+            chat: what transformers' apply_chat_template takes: `messages`, `tools`, `documents`,
+                `add_generation_prompt`, `continue_final_message`, and what else the template reads.
+            user: whose chat it is.
         Raises: ChatTemplateError: the template refuses it, fails, or takes too much.
         """
-        return self._thread.submit(self._write, template, chat)
+        return self._thread.submit(self._write, template, chat, user)
 
     def read(self, content: bytes) -> "Future[ChatTemplate]":
         """Return the template of an adapter, that was tried.
@@ -110,85 +117,125 @@ class TemplateProcess:
                 reason = str(error)
         raise AdapterMismatchError(f"its chat template is not served: {reason}")
 
-    def _write(self, template: str, chat: Chat) -> str:
-        now = time.monotonic()
-        self._resting = {text: until for text, until in self._resting.items() if until > now}
-        if template in self._resting:
-            raise ChatTemplateError(self._too_long())
+    def _write(self, template: str, chat: Chat, user: str = "") -> str:
+        begun = time.monotonic()
+        self._used_until = {k: until for k, until in self._used_until.items() if until > begun}
+        key = (user, template)
+        used_until = self._used_until.get(key, begun)
+        if used_until - begun >= _BUDGET_WINDOW_SECONDS:
+            raise ChatTemplateError(
+                f"it took {_BUDGET_SECONDS:g} of the last {_BUDGET_WINDOW_SECONDS:g} s, or was "
+                "ended; send the request again later"
+            )
+        connection = self._sent((template, dict(chat)))
+        begun = time.monotonic()  # others may have ended the process before
+        text, reason, is_bad, is_over = None, f"it takes more than {self._seconds:g} s", True, True
         try:
-            connection = self._started()
-            connection.send((template, dict(chat)))
-            if not connection.poll(self._seconds):
-                self._resting[template] = time.monotonic() + _REST_SECONDS
-                self._end()
-                raise ChatTemplateError(self._too_long())
-            text, reason = connection.recv()
-        except (EOFError, OSError) as error:
+            if connection.poll(self._seconds):
+                text, reason, is_bad, is_over = connection.recv()
+        except (EOFError, OSError):
+            reason = "it ended the process that writes it"
+        seconds = time.monotonic() - begun
+        if is_over:
             self._end()
-            raise ChatTemplateError("it ended the process that writes it") from error
+            seconds += _RESTART_SECONDS
+        if is_bad:
+            seconds = 2 * _BUDGET_SECONDS  # and nothing more for the whole of a window
+        self._used_until[key] = used_until + seconds * _BUDGET_WINDOW_SECONDS / _BUDGET_SECONDS
         if text is None:
             raise ChatTemplateError(reason)
         return str(text)
 
-    def _too_long(self) -> str:
-        return f"it takes more than {self._seconds:g} s"
+    def _sent(self, request: tuple[str, dict[str, Any]]) -> Connection:
+        """Send a request to the process, which may have been ended since it was last asked."""
+        for _ in range(2):
+            try:
+                connection = self._started()
+                connection.send(request)
+            except (EOFError, OSError):
+                self._end()
+            else:
+                return connection
+        raise ChatTemplateError("the process that writes it did not start; see the server's log")
 
     def _started(self) -> Connection:
         if self._connection is not None:
             return self._connection
         context = multiprocessing.get_context("spawn")
-        self._connection, others = context.Pipe()
-        self._process = context.Process(
-            target=_write_all, args=(others, self._num_bytes), name="chat-templates", daemon=True
-        )
-        self._process.start()
-        others.close()
-        if not self._connection.poll(_START_SECONDS):
-            self._end()
-            raise ChatTemplateError("the process that writes it did not start")
-        self._connection.recv()
-        return self._connection
+        ours, others = context.Pipe()
+        try:
+            process = context.Process(
+                target=_write_all,
+                args=(others, self._seconds, self._num_bytes),
+                name="chat-templates",
+                daemon=True,
+            )
+            process.start()
+        finally:
+            others.close()
+        self._process, self._connection = process, ours
+        if not ours.poll(_START_SECONDS):
+            raise EOFError
+        ours.recv()
+        return ours
 
     def _end(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-        self._process = self._connection = None
+        connection, process = self._connection, self._process
+        self._connection = self._process = None
+        if connection is not None:
+            connection.close()
+        if process is not None:
+            process.kill()
+            process.join()
 
 
-def _write_all(connection: Connection, num_bytes: int) -> None:
-    """Write what is asked for until the parent is gone."""
+def _write_all(connection: Connection, seconds: float, num_bytes: int) -> None:
+    """Write what is asked for until the parent is gone, or this process has grown."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent()
     from transformers.utils.chat_template_utils import (  # noqa: PLC0415  (seconds)
         render_jinja_template,
     )
 
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    size = pages * resource.getpagesize() + num_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    most = _address_bytes() + num_bytes
+    grown = _address_bytes() + _KEPT_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection.send(None)
     while True:
         try:
             template, chat = connection.recv()
         except EOFError:
             return
-        answer: tuple[str | None, str] = (None, "")
+        # Also where the parent is gone, and one long operation lets no thread see that.
+        cpu_seconds = int(time.process_time() + seconds) + 2
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.RLIM_INFINITY))
+        text: str | None = None
+        reason, is_bad = "", False
         try:
-            conversation = chat.pop("messages")
             # Texts, and where in them tokens to be trained on are; not a text, as it is annotated.
-            written: Any = render_jinja_template([conversation], chat_template=template, **chat)
-            text = written[0][0]
-            answer = (text, "")
-            if len(text) > MAX_CHARACTERS:
-                answer = (None, f"it writes {len(text)} characters, at most {MAX_CHARACTERS}")
+            written: Any = render_jinja_template(
+                [chat.pop("messages")], chat_template=template, **chat
+            )
+            found = str(written[0][0])
+            if len(found) <= MAX_CHARACTERS:
+                text = found
+            else:
+                reason = f"it writes {len(found)} characters, at most {MAX_CHARACTERS}"
+            del written, found, chat
         except MemoryError:
-            answer = (None, f"it takes more than {num_bytes >> 20} MiB")
+            text, reason, is_bad = None, f"it takes more than {num_bytes >> 20} MiB", True
         except Exception as error:
-            answer = (None, _reason(error))
-        connection.send(answer)
+            reason = _reason(error)
+        is_over = is_bad or _address_bytes() > grown
+        connection.send((text, reason, is_bad, is_over))
+        if is_over:
+            return
+
+
+def _address_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
 
 
 def _reason(error: BaseException) -> str:
@@ -197,5 +244,8 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     number = getattr(error, "lineno", None)
     line = f"line {number}: " if isinstance(number, int) else ""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{line}{text}"[:_MAX_REASON]
+    try:
+        text = " ".join(str(error)[: 4 * _MAX_REASON].split())
+    except MemoryError:
+        text = ""
+    return f"{line}{text or type(error).__name__}"[:_MAX_REASON]

@@ -18,6 +18,7 @@ _MINUTE_SECONDS = 60.0
 _BUSY_SECONDS = 1.0
 # Of times as numbers, so that whoever comes after the told time is let in.
 _ROUNDING_SECONDS = 1e-6
+_FREE_BYTES = 64 * 1024  # of each body
 
 
 class Limiter:
@@ -95,6 +96,8 @@ class Limiter:
 class BodyRoom:
     """Counts the bytes of bodies that are on their way in, before any other limit can see them.
 
+    The first 64 KiB of each are free, so that few large ones do not keep ordinary ones out.
+
     Args: most, most_of_tenant: bytes at once, of all and of one tenant.
     """
 
@@ -109,10 +112,13 @@ class BodyRoom:
 
         It raises OverloadedError if there is no room for them.
         """
-        held = 0
+        held, free = 0, _FREE_BYTES
 
         def hold(num_bytes: int) -> None:
-            nonlocal held
+            nonlocal held, free
+            num_bytes, free = max(num_bytes - free, 0), max(free - num_bytes, 0)
+            if not num_bytes:
+                return
             is_full = self._held.total() + num_bytes > self._most
             if is_full or self._held[tenant] + num_bytes > self._most_of_tenant:
                 raise OverloadedError("too many large bodies are being read; try again in 1 s")

@@ -12,6 +12,7 @@ from rora_serve.api.front_door import FrontDoor, current_adapter
 from rora_serve.api.reception import RECEPTION_STATE, Reception
 from rora_serve.chat_templates import ChatTemplate, ChatTemplateError, TemplateProcess
 from rora_serve.engine.compat import replace_template_writer, without_developer
+from rora_serve.request_log import current_record
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -109,13 +110,19 @@ def with_own_text(
         chat = {**tokenizer.special_tokens_map, **chat}
         chat["messages"] = without_developer(messages, own.text)
         try:
-            text = await asyncio.wrap_future(templates.write(own.text, chat))
+            text = await asyncio.wrap_future(templates.write(own.text, chat, user=_user()))
         except ChatTemplateError as error:
             raise VLLMValidationError(f"The adapter's chat template: {error}") from error
-        tokenize = options.get("tokenize", True)
-        return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
+        if not model_config.enable_prompt_embeds:
+            return text  # which vLLM takes apart in a thread of its own, whatever a client says
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
 
     return write
+
+
+def _user() -> str:
+    record = current_record.get()
+    return "" if record is None else record.tenant or ""
 
 
 # Of transformers' apply_chat_template, not of templates.

@@ -218,7 +218,7 @@ class Pages:
         whole = size // _HUGE_PAGE * _HUGE_PAGE
         if whole:
             _LIBC.madvise(self._start, whole, _MADV_HUGEPAGE)  # a wish; small pages do as well
-        self._free = weakref.finalize(self, _LIBC.munmap, self._start, self._end - self._start)
+        self._free = _unmapped_with(self, self._start, self._end)
 
     def touch(self) -> None:
         """Let the system find all of it now. Other Python runs meanwhile."""
@@ -229,7 +229,7 @@ class Pages:
         self._free.detach()
         self._cut(max(num_bytes, 1))
         content = (ctypes.c_ubyte * num_bytes).from_address(self._start)
-        weakref.finalize(content, _LIBC.munmap, self._start, self._end - self._start)
+        _unmapped_with(content, self._start, self._end)
         return memoryview(content).cast("B")
 
     def _cut(self, size: int) -> None:
@@ -237,6 +237,16 @@ class Pages:
         if end < self._end:
             _LIBC.munmap(end, self._end - end)
             self._end = end
+
+
+def _unmapped_with(holder: object, start: int, end: int) -> "weakref.finalize[..., object]":
+    """Give memory back when nothing refers to its holder, but not at the end of the process.
+
+    Threads may be in the middle of it then, and the system takes it anyway.
+    """
+    free: weakref.finalize[..., object] = weakref.finalize(holder, _LIBC.munmap, start, end - start)
+    free.atexit = False
+    return free
 
 
 def _copy_in_panels(b: Array, piece: Array) -> None:

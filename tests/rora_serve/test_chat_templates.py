@@ -1,5 +1,7 @@
 """Adapters' own chat templates against transformers' rendering; hostile ones against limits."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -129,15 +131,53 @@ def test_a_hostile_template_fails_in_bounded_time_and_others_are_written(
     assert write(templates, "{{ messages[1].content }}") == MESSAGES[1]["content"]
 
 
-def test_what_took_too_long_rests(templates: TemplateProcess) -> None:
-    endless = BOMBS["loops"] + "{# another one #}"
+def test_what_took_too_long_rests_for_whoever_asked(templates: TemplateProcess) -> None:
+    slow_for_some = "{% if messages[0].content == 'slow' %}" + BOMBS["loops"] + "{% endif %}written"
+    slow = {"messages": [{"role": "user", "content": "slow"}]}
     with pytest.raises(ChatTemplateError, match="more than 1 s"):
-        write(templates, endless)
-    assert write(templates, "{{ messages[1].content }}") == MESSAGES[1]["content"]
+        templates.write(slow_for_some, slow, user="hostile").result()
     begun = time.monotonic()
-    with pytest.raises(ChatTemplateError, match="more than 1 s"):
-        write(templates, endless)
+    with pytest.raises(ChatTemplateError, match="was ended; send the request again later"):
+        templates.write(slow_for_some, slow, user="hostile").result()
     assert time.monotonic() - begun < SECONDS / 2, "it was tried again"
+    others = {"messages": MESSAGES}
+    assert templates.write(slow_for_some, others, user="other").result() == "written"
+
+
+def test_much_time_for_one_leaves_some_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rora_serve.chat_templates._BUDGET_SECONDS", 0.5)
+    process = TemplateProcess(seconds=10)
+    slow = "{% for i in range(300) %}{% for j in range(9999) %}{% endfor %}{% endfor %}x"
+    try:
+        assert process.write("{{ 1 }}", {"messages": []}).result() == "1"
+        asked = [process.write(slow, {"messages": []}, user="a") for _ in range(100)]
+        assert asked[0].result() == "x"
+        with pytest.raises(ChatTemplateError, match=r"0\.5 of the last 30 s"):
+            asked[-1].result()
+        assert process.write(slow, {"messages": []}, user="b").result() == "x"
+    finally:
+        process.close()
+
+
+def test_memory_that_a_template_leaves_behind_is_not_others() -> None:
+    process = TemplateProcess(seconds=20, num_bytes=128 << 20)
+    try:
+        for number in range(16):
+            kept = "{% set a = '" + str(number % 10) + "' * 8000000 %}" + f"{number}"
+            assert write(process, kept) == str(number)
+        assert write(process, "{{ 'x' * 9999 }}") == "x" * 9999
+    finally:
+        process.close()
+
+
+def test_a_process_that_was_ended_is_nobodys_fault(templates: TemplateProcess) -> None:
+    for signal_number in (signal.SIGKILL, signal.SIGTERM):
+        assert write(templates, "{{ messages[1].content }}") == MESSAGES[1]["content"]
+        process = templates._process
+        assert process is not None
+        assert process.pid is not None
+        os.kill(process.pid, signal_number)
+        process.join()
 
 
 @pytest.mark.parametrize(

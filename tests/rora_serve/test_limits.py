@@ -61,19 +61,22 @@ def test_what_is_refused_later_is_given_back() -> None:
 
 
 def test_bodies_have_room_as_long_as_they_are_read() -> None:
-    room = BodyRoom(100, 60)
+    room, free = BodyRoom(100, 60), 64 * 1024
     with room.of("a") as hold:
-        hold(60)
+        hold(free - 1)
+        hold(61)
         with pytest.raises(OverloadedError), room.of("a") as more:
-            more(1)
+            more(free + 1)
+        with room.of("a") as ordinary:
+            ordinary(free)
         with room.of("b") as other:
-            other(40)
+            other(free + 40)
             with pytest.raises(OverloadedError):
                 other(1)
         with room.of("b") as other:
-            other(40)
+            other(free + 40)
     with room.of("a") as hold:
-        hold(60)
+        hold(free + 60)
 
 
 def test_tokens_are_spent_afterwards_and_may_leave_a_debt() -> None:
