@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MAX_SECONDS = 2.0  # for one chat
 MAX_BYTES = 512 << 20  # that a chat may take
 MAX_CHARACTERS = 1 << 24  # that come of it
-# Of time that a user's chats by a template may take; what took too much has used up all of it.
+# Of processor time that a user's chats by a template may take.
 _BUDGET_SECONDS, _BUDGET_WINDOW_SECONDS = 5.0, 30.0
 _KEPT_BYTES = 64 << 20  # that the process may have grown by before another one takes its place
 _START_SECONDS = 120.0
@@ -54,13 +54,31 @@ class ChatTemplate:
     content_format: Literal["string", "openai"]
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What became of a chat.
+
+    Args:
+        text: of it, or None and the `reason`.
+        is_bad: whether it took too much.
+        is_last: whether the process ends after it.
+        seconds: of computing.
+    """
+
+    text: str | None
+    reason: str = ""
+    is_bad: bool = False
+    is_last: bool = True
+    seconds: float = 0.0
+
+
 class TemplateProcess:
     """Writes chats by templates, one after the other, in a process that starts with the first.
 
     Args: seconds, num_bytes: that one chat may take; above them the process is ended.
 
-    All chats that a user has written by a template may take 5 s of any 30, and none for 30 s after
-    one that took too much, so that others' are written meanwhile.
+    All chats that a user has written by a template may take 5 s of computing in any 30, and none
+    for 30 s after one that took too much, so that others' are written meanwhile.
     """
 
     def __init__(self, *, seconds: float = MAX_SECONDS, num_bytes: int = MAX_BYTES) -> None:
@@ -69,7 +87,7 @@ class TemplateProcess:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-templates")
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
-        # Until when each user and template have used seconds up, as if they came one by one.
+        # By user and template, until when what they used of their budget lasts.
         self._used_until: dict[tuple[str, str], float] = {}
 
     def write(self, template: str, chat: Chat, *, user: str = "") -> "Future[str]":
@@ -124,27 +142,27 @@ class TemplateProcess:
         used_until = self._used_until.get(key, begun)
         if used_until - begun >= _BUDGET_WINDOW_SECONDS:
             raise ChatTemplateError(
-                f"it took {_BUDGET_SECONDS:g} of the last {_BUDGET_WINDOW_SECONDS:g} s, or was "
-                "ended; send the request again later"
+                f"it computed for {_BUDGET_SECONDS:g} of the last {_BUDGET_WINDOW_SECONDS:g} s, or "
+                "was ended; send the request again later"
             )
         connection = self._sent((template, dict(chat)))
-        begun = time.monotonic()  # others may have ended the process before
-        text, reason, is_bad, is_over = None, f"it takes more than {self._seconds:g} s", True, True
+        written = _Written(None, f"it takes more than {self._seconds:g} s", is_bad=True)
         try:
             if connection.poll(self._seconds):
-                text, reason, is_bad, is_over = connection.recv()
+                written = connection.recv()
         except (EOFError, OSError):
-            reason = "it ended the process that writes it"
-        seconds = time.monotonic() - begun
-        if is_over:
+            written = replace(written, reason="it ended the process that writes it")
+        seconds = written.seconds
+        if written.is_bad:
+            logger.warning("a chat template was ended: %s", written.reason)
+            seconds = 2 * _BUDGET_SECONDS  # and nothing more for the whole of a window
+        if written.is_last:
             self._end()
             seconds += _RESTART_SECONDS
-        if is_bad:
-            seconds = 2 * _BUDGET_SECONDS  # and nothing more for the whole of a window
         self._used_until[key] = used_until + seconds * _BUDGET_WINDOW_SECONDS / _BUDGET_SECONDS
-        if text is None:
-            raise ChatTemplateError(reason)
-        return str(text)
+        if written.text is None:
+            raise ChatTemplateError(written.reason)
+        return written.text
 
     def _sent(self, request: tuple[str, dict[str, Any]]) -> Connection:
         """Send a request to the process, which may have been ended since it was last asked."""
@@ -208,7 +226,8 @@ def _write_all(connection: Connection, seconds: float, num_bytes: int) -> None:
         except EOFError:
             return
         # Also where the parent is gone, and one long operation lets no thread see that.
-        cpu_seconds = int(time.process_time() + seconds) + 2
+        begun = time.process_time()
+        cpu_seconds = int(begun + seconds) + 2
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.RLIM_INFINITY))
         text: str | None = None
         reason, is_bad = "", False
@@ -227,9 +246,10 @@ def _write_all(connection: Connection, seconds: float, num_bytes: int) -> None:
             text, reason, is_bad = None, f"it takes more than {num_bytes >> 20} MiB", True
         except Exception as error:
             reason = _reason(error)
-        is_over = is_bad or _address_bytes() > grown
-        connection.send((text, reason, is_bad, is_over))
-        if is_over:
+        is_last = is_bad or _address_bytes() > grown
+        used = time.process_time() - begun
+        connection.send(_Written(text, reason, is_bad=is_bad, is_last=is_last, seconds=used))
+        if is_last:
             return
 
 
