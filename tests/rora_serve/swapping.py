@@ -24,6 +24,7 @@ NUM_SHARED, NUM_OWN = 304, 8  # tokens of every prompt: the same in all, and eac
 NUM_TOKENS = 8
 NUM_CLIENTS = 32
 NUM_CANDIDATES, NUM_PROMPTS = 24, 4
+MIN_SHARE = 6  # of the moves that either version must have answers for
 # The second most likely token must be this far behind, in log-probs, all along: engines in
 # float32 differ by a tenth of it at most.
 MIN_MARGIN = 10 * ATOL["served-log-probs-float32"]
@@ -97,19 +98,23 @@ def make_versions(folder: Path, base: Path) -> list[Path]:
     ]
 
 
-def candidates() -> list[Tokens]:
+def candidates(count: int) -> list[Tokens]:
     """Return prompts that share most of their tokens, more than a block of the prefix cache."""
     (shared,) = prompts(1, 1, NUM_SHARED)
-    return [tuple(shared + own) for own in prompts(2, NUM_CANDIDATES, NUM_OWN)]
+    return [tuple(shared + own) for own in prompts(2, count, NUM_OWN)]
 
 
-def clear_answers(server: Server, models: Sequence[str]) -> dict[str, dict[Tokens, Tokens]]:
+def clear_answers(
+    server: Server, models: Sequence[str], *, of: int = NUM_CANDIDATES, wanted: int = NUM_PROMPTS
+) -> dict[str, dict[Tokens, Tokens]]:
     """Return what each model answers alone, where no token is a near-tie and the first differ.
+
+    Args: of, wanted: prompts that are tried, and that are returned.
 
     Raises: RuntimeError: there are too few such prompts.
     """
     alone: dict[str, dict[Tokens, Tokens]] = {model: {} for model in models}
-    asked = candidates()
+    asked = candidates(of)
     for model in models:
         for start in range(0, len(asked), 8):
             requests = [(model, prompt) for prompt in asked[start : start + 8]]
@@ -123,9 +128,9 @@ def clear_answers(server: Server, models: Sequence[str]) -> dict[str, dict[Token
         for prompt in asked
         if prompt in common and len({alone[model][prompt][0] for model in models}) == len(models)
     ]
-    if len(clear) < NUM_PROMPTS:
-        raise RuntimeError(f"{len(clear)} prompts tell the versions apart, {NUM_PROMPTS} needed")
-    return {m: {prompt: alone[m][prompt] for prompt in clear[:NUM_PROMPTS]} for m in models}
+    if len(clear) < wanted:
+        raise RuntimeError(f"{len(clear)} prompts tell the versions apart, {wanted} needed")
+    return {m: {prompt: alone[m][prompt] for prompt in clear[:wanted]} for m in models}
 
 
 def make_subject(server: Server, versions: Sequence[ResolvedVersion]) -> Subject:
@@ -242,7 +247,7 @@ def swap(folder: Path, count: int, seed: int) -> dict[str, object]:
 def check(verdict: Verdict, *, num_moves: int) -> None:
     """Fail on a wrong answer, and if the traffic could not have shown one."""
     assert (verdict.failed, verdict.mixed, verdict.stale) == (0, 0, 0), verdict
-    assert min(verdict.by_version.values()) >= num_moves // 2, verdict
+    assert min(verdict.by_version.values()) >= num_moves // MIN_SHARE, verdict
     assert verdict.strict >= num_moves // 2, verdict
     assert verdict.overlapped >= num_moves // 2, verdict
 

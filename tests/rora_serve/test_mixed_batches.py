@@ -77,6 +77,7 @@ def test_any_mix_equals_peft_and_each_request_alone(
     check_mix(server, oracle, [name for name in adapters if name != "pruned"], seed)
 
 
+@pytest.mark.soak
 def test_a_compiled_model_answers_the_same_until_its_engine_dies(
     store: AdapterStore, oracle: Oracle, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
