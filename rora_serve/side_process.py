@@ -20,7 +20,7 @@ from adapters.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
-_NICENESS = 10  # what computes goes first: a tenth of a core for reading, if none is free
+NICENESS = 10  # what computes goes first: a tenth of a core for reading, if none is free
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -84,5 +84,5 @@ def follow_parent() -> None:
 def _begin() -> None:
     """Set up the process: only its parent ends it, and nothing of it outlives that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(_NICENESS)
+    os.nice(NICENESS)
     follow_parent()

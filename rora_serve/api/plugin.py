@@ -68,25 +68,18 @@ def with_own_templates(
         **options: Any,
     ) -> Any:
         adapter = current_adapter.get()
-        own = None if adapter is None else adapter.chat_template
-        if own is None or getattr(request, "chat_template", None) is not None:
-            return await preprocess_chat(
-                request,
-                messages,
-                default_template,
-                default_template_content_format,
-                *rest,
-                **options,
-            )
-        if not can_write:
+        is_given = getattr(request, "chat_template", None) is not None
+        own = None if adapter is None or is_given else adapter.chat_template
+        if own is not None and not can_write:
             raise VLLMValidationError(
                 "The adapter has a chat template of its own, and the base model's tokenizer writes "
                 "chats without one."
             )
+        content_format = default_template_content_format if own is None else own.content_format
         token = _writing.set(own)
         try:
             return await preprocess_chat(
-                request, messages, default_template, own.content_format, *rest, **options
+                request, messages, default_template, content_format, *rest, **options
             )
         finally:
             _writing.reset(token)

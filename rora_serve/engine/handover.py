@@ -32,6 +32,7 @@ from adapters import open_artifact
 from adapters.errors import EngineSeamError
 from rora_serve.engine.loading import lay_out
 from rora_serve.engine.slots import Element, Pages, Site, Slot
+from rora_serve.side_process import NICENESS
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 SOCKET_VARIABLE = "RORA_SERVE_SOCKET"
 _WORKER_SECONDS = 120  # without a sign of life; it answers in milliseconds
 _KEPT_BYTES = 64 * 1024**2  # of a draft, or for the next slot; new pages cost more than old ones
-_NICENESS = 10  # what computes goes first
 
 
 class SlotHolder(Protocol):
@@ -63,7 +63,7 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             try:
                 _receive(self.request, self.rfile, self.wfile, holder, spare)
             except (OSError, ValueError) as error:  # the loader is gone; the server starts another
