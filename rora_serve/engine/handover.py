@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 # Where the worker listens; set by rora_serve.launch for all of vLLM's processes.
 SOCKET_VARIABLE = "RORA_SERVE_SOCKET"
 _WORKER_SECONDS = 120  # without a sign of life; it answers in milliseconds
+_LOWEST_PRIORITY = 19
 _KEPT_BYTES = 64 * 1024**2  # of a draft, or for the next slot; new pages cost more than old ones
 
 
@@ -115,6 +116,8 @@ def _receive(
     )
     holder.publish(header["lora_int_id"], slot)
     _write(wfile, {"published": True})
+    # For a load that may never come; this one is over.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
     spare.renew()
 
 

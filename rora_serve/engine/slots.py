@@ -18,6 +18,7 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -105,10 +106,9 @@ class SlotLayout:
         self._places: dict[str, tuple[Site, int, int]] = {}
         end = self._tables_bytes
         size = self.element.num_bytes
-        for layer in sorted({site.layer for _, site in placed}):
-            of_layer = sorted(
-                ((m, site) for m, site in placed if site.layer == layer), key=lambda p: p[1].part
-            )
+        ordered = sorted(placed, key=lambda pair: (pair[1].layer, pair[1].part))
+        for layer, pairs in groupby(ordered, key=lambda pair: pair[1].layer):
+            of_layer = list(pairs)
             begin = _aligned(end)
             self.offsets[layer] = begin
             at_a = begin
