@@ -51,6 +51,7 @@ def test_every_answer_under_moves_is_whole_of_its_version_and_of_a_right_one(
 
 
 @pytest.mark.engine
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_stock_vllm_is_stale_when_files_change_and_mixed_when_it_reloads_them(
     stock: Stock,

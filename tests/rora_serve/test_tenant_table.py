@@ -178,7 +178,8 @@ def test_a_route_that_is_not_listed_asks_nobody(keyed_server: KeyedServer, path:
     """Sent as it is, since clients tidy paths up."""
     for tenant in ("acme", "operator"):
         body = json.dumps({"model": "globex-one", **ASK}).encode()
-        (answer,) = raw(keyed_server, request(keyed_server, tenant, body, path=path))
+        last = b"connection: close\r\ncontent-length: %d\r\n" % len(body)
+        (answer,) = raw(keyed_server, request(keyed_server, tenant, body, path=path, more=last))
         assert answer.startswith(b"HTTP/1.1 404"), answer
 
 
@@ -262,7 +263,7 @@ def request(
 
 
 def raw(keyed: KeyedServer, content: bytes) -> list[bytes]:
-    """Send bytes and leave the connection open. Returns: every answer that comes."""
+    """Send bytes and leave it to the server to end the connection. Returns: all that it answers."""
     url = httpx.URL(keyed.server.url)
     found = b""
     with socket.create_connection((url.host, url.port or 80), timeout=30) as connection:

@@ -78,6 +78,24 @@ def test_a_rank_that_vllm_does_not_take_is_refused_at_the_start(
         vllm_options.padded_slots(ServeConfig(store=store.root), store)
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (["--max-loras", "3"], "max-loras"),
+        (["--lora-mod", "x=/nowhere"], "lora-modules"),  # argparse takes abbreviations
+        (["--no-enable-lora"], "enable-lora"),
+        (["--api-key", "secret"], "api-key"),
+    ],
+)
+def test_what_we_set_ourselves_is_refused(
+    store: AdapterStore, tiny_model: Path, given: list[str], name: str
+) -> None:
+    config = ServeConfig(store=store.root)
+    own = vllm_options.engine_options(config, tiny_model, "base", given)
+    with pytest.raises(ConfigError, match=f"--{name}: set by rora-serve itself"):
+        vllm_options.parse_options(own, given)
+
+
 def test_logits_in_the_place_of_log_probs_are_refused(tiny_model: Path) -> None:
     """No probe could be compared with them; log-probs in another way can."""
     own = ["--model", str(tiny_model)]

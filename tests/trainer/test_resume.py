@@ -21,7 +21,7 @@ from trainer.model import load_base
 from trainer.run import resume
 from trainer.run_folder import owned
 
-NUM_KILLS = 5
+NUM_KILLS = 3
 
 
 def write_config(folder: Path, model: Path, **train: Any) -> Path:
