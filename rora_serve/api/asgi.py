@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 # Of an answer after which the client does better to ask another server.
 CLOSING: Sequence[Header] = ((b"retry-after", b"1"), (b"connection", b"close"))
-MAX_BODY_BYTES = 32 * 1024 * 1024
+MAX_BODY_BYTES = 8 * 1024 * 1024  # the worst of which takes the loop a second to read as JSON
 MAX_BODY_SECONDS = 60.0
 _SERVER_FAULT = 500  # the first status of those
 _DISCONNECT: Message = {"type": "http.disconnect"}

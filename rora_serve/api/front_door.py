@@ -198,8 +198,7 @@ class FrontDoor:
             finally:
                 reception.limiter.done(tenant)
             return
-        with reception.bodies.of(tenant.name) as hold:
-            body = await exchange.read_body(hold)
+        body = await _read_body(exchange, reception, tenant)
         if body is not None:
             exchange.replay(body)
             await self._app(scope, exchange.receive, exchange.send)
@@ -214,8 +213,7 @@ class FrontDoor:
     ) -> None:
         # Before its body takes memory, and the loop's time to be read.
         reception.limiter.check(tenant, time.monotonic())
-        with reception.bodies.of(tenant.name) as hold:
-            body = await exchange.read_body(hold)
+        body = await _read_body(exchange, reception, tenant)
         if body is None:
             return
         try:
@@ -356,6 +354,12 @@ class _Visit:
             limiter.give_back(self._tenant, now)
         limiter.spend_tokens(self._tenant, self._record.charged_tokens, now)
         limiter.done(self._tenant)
+
+
+async def _read_body(exchange: Exchange, reception: Reception, tenant: Tenant) -> bytes | None:
+    """Return a request's body, or None if its size or slowness was answered."""
+    with reception.bodies.of(tenant.name) as hold:
+        return await exchange.read_body(hold)
 
 
 def _is_preflight(headers: Sequence[Header]) -> bool:
