@@ -161,8 +161,8 @@ class Admission:
                 await turn
         except TimeoutError:
             raise DeadlineError(
-                f"{claim.adapter}: no place in {self._clock() - came:.3g} s, {self.num_waiting} "
-                "requests wait; allow more time or send fewer at once"
+                f"{claim.adapter}: no place in {self._clock() - came:.3g} s; allow more time or "
+                "send fewer requests at once"
             ) from None
 
     def _check_room(self, claim: Claim, num_bytes: int) -> None:

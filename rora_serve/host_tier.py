@@ -3,6 +3,7 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,8 @@ Tier = Literal["slot", "host", "store"]
 
 # Pinned adapters leave at least this share of the memory to those that come and go.
 MAX_PINNED_SHARE = 0.5
+# How long an adapter waits for room that others' requests leave by themselves.
+_PATIENCE_SECONDS = 5.0
 
 
 def check_fits(num_bytes: int, left: int) -> None:
@@ -34,6 +37,7 @@ class _Resident:
     num_bytes: int
     leases: int = 0
     pins: int = 0
+    is_due: bool = False  # to go as soon as its requests have ended; new ones wait for that
     arrival: "asyncio.Task[None] | None" = field(default=None, repr=False)
 
     @property
@@ -102,6 +106,9 @@ class HostTier:
     async def lease(self, key: str, num_bytes: int, load: Callable[[], Awaitable[int]]) -> None:
         """Have an adapter in the engine until `release`; whoever comes while it loads waits too.
 
+        Adapters in steady use keep others out for some seconds only: then those that were used
+        least recently take no more leases until there is room for who waits.
+
         Args:
             key: of the adapter.
             num_bytes: what it will take, to make room beforehand.
@@ -109,7 +116,9 @@ class HostTier:
         Raises: AdapterMismatchError: it is larger than all the memory for adapters; and whatever
             `load` raises.
         """
-        resident = self._residents.get(key)
+        while (resident := self._residents.get(key)) is not None and resident.is_due:
+            self._released.clear()
+            await self._released.wait()
         if resident is None:
             self._check_fits(num_bytes)
             resident = _Resident(num_bytes)
@@ -145,6 +154,7 @@ class HostTier:
                 f"{MAX_PINNED_SHARE:.0%} may be pinned; unpin another one"
             )
         resident.pins += 1
+        resident.is_due = False
         self._released.set()  # whoever waits for room may not get it any more
 
     def unpin(self, key: str) -> None:
@@ -213,22 +223,40 @@ class HostTier:
         check_fits(num_bytes, self.capacity - self._pinned_bytes)
 
     async def _make_room(self, num_bytes: int) -> None:
-        while self._used + num_bytes > self.capacity:
-            self._check_fits(num_bytes)  # others may have been pinned while it waited
-            leaving = []
-            left = self._used
-            for key, resident in self._residents.items():
-                if left + num_bytes <= self.capacity:
-                    break
-                if resident.may_go:
-                    leaving.append(key)
-                    left -= resident.num_bytes
-            if not leaving:
+        loop = asyncio.get_running_loop()
+        patient_until = loop.time() + _PATIENCE_SECONDS
+        try:
+            while self._used + num_bytes > self.capacity:
+                self._check_fits(num_bytes)  # others may have been pinned while it waited
+                leaving = self._least_recent(num_bytes, lambda resident: resident.may_go)
+                if leaving:
+                    self.num_evicted += len(leaving)
+                    await self._take_out(leaving)
+                    continue
+                is_patient = loop.time() < patient_until
+                if not is_patient:
+                    for key in self._least_recent(num_bytes, lambda resident: not resident.pins):
+                        self._residents[key].is_due = True
                 self._released.clear()
-                await self._released.wait()
-                continue
-            self.num_evicted += len(leaving)
-            await self._take_out(leaving)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(patient_until if is_patient else None):
+                        await self._released.wait()
+        finally:
+            for resident in self._residents.values():
+                resident.is_due = False
+            self._released.set()
+
+    def _least_recent(self, num_bytes: int, may: Callable[[_Resident], bool]) -> list[str]:
+        """Return adapters that may go, as many as make room, or all if that is not enough."""
+        keys: list[str] = []
+        left = self._used
+        for key, resident in self._residents.items():
+            if left + num_bytes <= self.capacity:
+                break
+            if resident.has_arrived and may(resident):
+                keys.append(key)
+                left -= resident.num_bytes
+        return keys
 
     def _take_out(self, keys: list[str]) -> "asyncio.Task[None]":
         """Begin to take adapters out of the engine that may go."""

@@ -8,7 +8,6 @@ class Kind(Enum):
     """What a request of a route has to show, and how its body is treated."""
 
     OPEN = auto()  # for whoever watches the server: no key, no record
-    PREFLIGHT = auto()  # a browser's question, which has no key; vLLM's CORS answers
     OPERATOR = auto()  # tells of all tenants
     READING = auto()  # ours or vLLM's, without a body
     OWN = auto()  # ours, which look at the caller's rights themselves
@@ -38,7 +37,6 @@ OWN_ROUTES: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = tuple(
         ("/v1/(un)?load_lora_adapter", "POST"),
     )
 )
-_GET = ("GET", "HEAD")
 
 
 def kind_of(method: str, path: str) -> Kind:
@@ -47,23 +45,17 @@ def kind_of(method: str, path: str) -> Kind:
     own = _own_methods(path)
     if not path.isprintable():
         pass  # the patterns of routers pass over a line break at the end
-    elif method == "OPTIONS" and (path in MODEL_ROUTES or own or _is_asked_by_browsers(path)):
-        kind = Kind.PREFLIGHT
     elif method == "POST" and path in MODEL_ROUTES:
         kind = Kind.MODEL
     elif method in own:
         kind = Kind.UPLOAD if method == "POST" and path == UPLOAD_ROUTE else Kind.OWN
-    elif method in _GET and path in OPEN_ROUTES:
+    elif method == "GET" and path in OPEN_ROUTES:
         kind = Kind.OPEN
-    elif method in _GET and path in OPERATOR_ROUTES:
+    elif method == "GET" and path in OPERATOR_ROUTES:
         kind = Kind.OPERATOR
-    elif method in _GET and _is_asked_by_browsers(path):
+    elif method == "GET" and (path in READING_ROUTES or path.startswith(MODEL_ROUTE_PREFIX)):
         kind = Kind.READING
     return kind
-
-
-def _is_asked_by_browsers(path: str) -> bool:
-    return path in READING_ROUTES or path.startswith(MODEL_ROUTE_PREFIX)
 
 
 def _own_methods(path: str) -> frozenset[str]:

@@ -16,9 +16,11 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Protocol
 
+from adapters import ResolvedVersion
 from adapters.errors import (
     AdapterNotFoundError,
     AuthenticationError,
+    DeadlineError,
     EngineDiedError,
     LimitExceededError,
     OverloadedError,
@@ -53,7 +55,13 @@ from rora_serve.api.model_request import (
 from rora_serve.api.reception import RECEPTION_STATE, Reception
 from rora_serve.lifetime import DIED, Lifetime
 from rora_serve.models import ServedAdapter
-from rora_serve.request_log import RequestRecord, current_record, log_request, request_id
+from rora_serve.request_log import (
+    REQUEST_ID_HEADER,
+    RequestRecord,
+    current_record,
+    log_request,
+    request_id,
+)
 from rora_serve.tenants import EVERYBODY, Tenant, presented_key
 
 # The adapter of the request that this task serves; None is the base model.
@@ -85,6 +93,10 @@ class Caller(Protocol):
 current_tenant: ContextVar[Caller] = ContextVar("current_tenant", default=EVERYBODY)
 
 ADAPTER_HEADER, TIER_HEADER, LOAD_HEADER = b"x-rora-adapter", b"x-rora-tier", b"x-rora-load-ms"
+# What scripts in browsers may read besides what they always may.
+EXPOSED_HEADERS = (
+    ADAPTER_HEADER, TIER_HEADER, LOAD_HEADER, REQUEST_ID_HEADER, b"retry-after", b"location",
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +118,10 @@ class FrontDoor:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
+            if scope["method"] == "HEAD":  # whose answer has no body: uvicorn leaves it out
+                scope = {**scope, "method": "GET"}
             kind = kind_of(scope["method"], scope["path"])
-            if kind is Kind.PREFLIGHT and not _is_preflight(scope["headers"]):
-                kind = Kind.UNKNOWN  # apps that are mounted answer any method
-            if kind in (Kind.OPEN, Kind.PREFLIGHT):
+            if kind is Kind.OPEN:
                 await self._app(scope, receive, send)
             else:
                 await self._serve(kind, scope, receive, send)
@@ -165,7 +177,7 @@ class FrontDoor:
         record.tenant = tenant.name
         token = None if reception.keys is None else current_tenant.set(tenant)
         try:
-            if kind is Kind.READING or kind is Kind.OPERATOR or scope["method"] in _READING:
+            if kind is Kind.READING or kind is Kind.OPERATOR or scope["method"] == "GET":
                 await self._app(scope, exchange.receive, exchange.send)
             else:
                 with reception.lifetime.visit():
@@ -211,8 +223,28 @@ class FrontDoor:
         tenant: Tenant,
         record: RequestRecord,
     ) -> None:
+        limiter = reception.limiter
         # Before its body takes memory, and the loop's time to be read.
-        reception.limiter.check(tenant, time.monotonic())
+        limiter.admit(tenant, time.monotonic())
+        try:
+            await self._serve_admitted(scope, exchange, reception, tenant, record)
+        except (_RefusedError, StoppingError, EngineDiedError, OverloadedError) as error:
+            refusal = error if isinstance(error, _RefusedError) else _refusal(error)
+            if refusal.response.status in _NOT_OF_THE_SENDERS_MAKING:
+                limiter.give_back(tenant, time.monotonic())
+            await exchange.respond(refusal.response, refusal.headers)
+        finally:
+            limiter.spend_tokens(tenant, record.charged_tokens, time.monotonic())
+            limiter.done(tenant)
+
+    async def _serve_admitted(
+        self,
+        scope: Scope,
+        exchange: Exchange,
+        reception: Reception,
+        tenant: Tenant,
+        record: RequestRecord,
+    ) -> None:
         body = await _read_body(exchange, reception, tenant)
         if body is None:
             return
@@ -221,21 +253,17 @@ class FrontDoor:
                 body, record.path, tenant, max_model_len=reception.max_model_len
             )
         except ValueError as error:
-            await exchange.respond(bad_request(None, str(error)))
-            return
+            raise _RefusedError(bad_request(None, str(error))) from error
         exchange.replay(request.body)
         record.model = request.model
         visit = _Visit(reception, tenant, record, exchange)
-        try:
-            async with AsyncExitStack() as stack:
-                adapter = await reception.lifetime.while_alive(visit.enter(stack, request, scope))
-                token = current_adapter.set(adapter)
-                try:
-                    await self._app(scope, exchange.receive, exchange.send)
-                finally:
-                    current_adapter.reset(token)
-        except _RefusedError as refusal:
-            await exchange.respond(refusal.response, refusal.headers)
+        async with AsyncExitStack() as stack:
+            adapter = await reception.lifetime.while_alive(visit.enter(stack, request, scope))
+            token = current_adapter.set(adapter)
+            try:
+                await self._app(scope, exchange.receive, exchange.send)
+            finally:
+                current_adapter.reset(token)
 
 
 class _RefusedError(Exception):
@@ -297,6 +325,7 @@ class _Visit:
             within = deadline_seconds(scope["headers"])
         except ValueError as error:
             raise _RefusedError(bad_request(None, str(error))) from error
+        deadline = None if within is None else record.arrived_at + within
         is_base = model is None or model in directory.base_names
         name = directory.base_names[0] if is_base else (model or "").partition("@")[0]
         if not (self._tenant.may_use_base if is_base else self._tenant.may_use(name)):
@@ -307,8 +336,6 @@ class _Visit:
             # Reading a name is one small file; it may still wait for a slow disk.
             resolved = await asyncio.to_thread(directory.store.resolve, model or "")
         record.adapter = name
-        self._reception.limiter.admit(self._tenant, time.monotonic())
-        stack.callback(self._end_limits)
         is_cold = False
         if resolved is not None:
             record.version = resolved.public_id
@@ -320,7 +347,7 @@ class _Visit:
             cost=request.num_sequences,
             is_cold=is_cold,
             body_bytes=len(request.body),
-            deadline=None if within is None else record.arrived_at + within,
+            deadline=deadline,
         )
         if resolved is not None:
             # While it waits it counts as running, so that nobody takes its version away.
@@ -333,8 +360,19 @@ class _Visit:
             return None
         # What it was before it waited may be another by now.
         record.tier = directory.tier.tier_of(resolved.version.weights_digest)
-        served = await directory.open_version(model or "", resolved)
-        stack.callback(self._close, served)
+        loading = asyncio.timeout(None if deadline is None else deadline - begun)
+        try:
+            async with loading:
+                served = await self._exchange.while_connected(
+                    self._opened(stack, model or "", resolved)
+                )
+        except TimeoutError as error:
+            if not loading.expired():
+                raise
+            seconds = time.monotonic() - begun
+            raise DeadlineError(
+                f"{name}: it was not loaded in {seconds:.3g} s; allow more time"
+            ) from error
         waiting.close()
         record.load_ms = 1000 * (time.monotonic() - begun)
         self._exchange.headers += [
@@ -344,16 +382,16 @@ class _Visit:
         ]
         return served
 
+    async def _opened(
+        self, stack: AsyncExitStack, model: str, resolved: ResolvedVersion
+    ) -> ServedAdapter:
+        """Return a version that was loaded, which `stack` closes."""
+        served = await self._reception.directory.open_version(model, resolved)
+        stack.callback(self._close, served)
+        return served
+
     def _close(self, served: ServedAdapter) -> None:
         self._reception.directory.close(served, was_answered=self._exchange.is_answered)
-
-    def _end_limits(self) -> None:
-        limiter = self._reception.limiter
-        now = time.monotonic()
-        if self._record.queue_ms is None:
-            limiter.give_back(self._tenant, now)
-        limiter.spend_tokens(self._tenant, self._record.charged_tokens, now)
-        limiter.done(self._tenant)
 
 
 async def _read_body(exchange: Exchange, reception: Reception, tenant: Tenant) -> bytes | None:
@@ -362,16 +400,11 @@ async def _read_body(exchange: Exchange, reception: Reception, tenant: Tenant) -
         return await exchange.read_body(hold)
 
 
-def _is_preflight(headers: Sequence[Header]) -> bool:
-    names = {name.lower() for name, _ in headers}
-    return {b"origin", b"access-control-request-method"} <= names
-
-
 def _answer_of_the_dead(lifetime: Lifetime) -> ErrorResponse | None:
     """Return what a request gets whose handler failed because the engine died, if it did."""
     return None if lifetime.is_alive else to_response(EngineDiedError(DIED))
 
 
-_READING = ("GET", "HEAD")
 _BEARER: Header = (b"www-authenticate", b"Bearer")
 _SERVER_FAULT = 500
+_NOT_OF_THE_SENDERS_MAKING = (429, 503, 504)

@@ -26,6 +26,7 @@ _HEADERS_NOT_FOR_CLIENTS = frozenset(
     }
 )
 _INTEGER = TypeAdapter(int)  # reads what vLLM's bodies read: 64.0, "64", "64.0"
+MAX_SEQUENCES = 128  # of one request, which has its places until all have ended
 _COMPLETION_TOKENS = 16  # of an answer of /v1/completions that says nothing; OpenAI's and vLLM's
 # How many tokens may be generated; the first is what the route takes if nothing is said.
 _MAX_TOKENS = {
@@ -59,7 +60,8 @@ def read_model_request(
 
     Args: max_model_len: tokens of a prompt and its answer at most; vLLM refuses to be asked for
         more.
-    Raises: ValueError: it can not be read, which FastAPI would answer past vLLM's errors.
+    Raises: ValueError: it can not be read, which FastAPI would answer past vLLM's errors; or it
+        asks for too many sequences.
     """
     try:
         content = json.loads(body)
@@ -85,12 +87,18 @@ def read_model_request(
             content["store"] = False
         _cap_tokens(content, path, tenant.limits.max_tokens, max_model_len)
         _salt(content, tenant.cache_salt)
+    num_sequences = _num_sequences(content)
+    if num_sequences > MAX_SEQUENCES:
+        raise ValueError(
+            f"n times prompts: {num_sequences} sequences, at most {MAX_SEQUENCES} are expected; "
+            "send several requests"
+        )
     model = content.get("model")
     return ModelRequest(
         # Written anew always: of two values of one key, this is the one that was looked at.
         json.dumps(content).encode(),
         model if isinstance(model, str) and model else None,
-        _num_sequences(content),
+        num_sequences,
     )
 
 

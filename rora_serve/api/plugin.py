@@ -5,10 +5,12 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
-from rora_serve.api.front_door import FrontDoor, current_adapter
+from rora_serve.api.front_door import EXPOSED_HEADERS, FrontDoor, current_adapter
 from rora_serve.api.reception import RECEPTION_STATE, Reception
 from rora_serve.chat_templates import ChatTemplate, ChatTemplateError, TemplateProcess
 from rora_serve.engine.compat import replace_template_writer, without_developer
@@ -122,6 +124,14 @@ def _user() -> str:
 _OF_THE_CALL = frozenset({"chat_template", "tokenize", "return_dict", "tokenizer_kwargs"})
 
 
+def let_browsers_read(app: "FastAPI") -> None:
+    """Put vLLM's CORS outside the front door, whose refusals browsers may read then."""
+    kinds: list[object] = [entry.cls for entry in app.user_middleware]
+    settings: dict[str, Any] = app.user_middleware.pop(kinds.index(CORSMiddleware)).kwargs
+    settings["expose_headers"] = [name.decode() for name in EXPOSED_HEADERS]
+    app.user_middleware.insert(0, Middleware(CORSMiddleware, **settings))
+
+
 # What vLLM's --middleware takes.
 FRONT_DOOR = f"{FrontDoor.__module__}.{FrontDoor.__qualname__}"
 
@@ -147,5 +157,6 @@ def install(app: "FastAPI", reception: Reception, routes: "Sequence[BaseRoute]")
         online.renderer, lambda write: with_own_text(write, templates)
     )
     online.preprocess_chat = with_own_templates(online.preprocess_chat, can_write=can_write)
+    let_browsers_read(app)
     app.router.routes[:0] = routes  # before vLLM's own /v1/models
     setattr(app.state, RECEPTION_STATE, reception)

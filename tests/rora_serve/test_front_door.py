@@ -1,6 +1,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from rora_serve.api.reception import RECEPTION_STATE
 from rora_serve.api.routes import make_router
 from rora_serve.models import ModelDirectory, ServedAdapter, ServedBase
 from rora_serve.request_log import RequestRecord
+from rora_serve.tenants import EVERYBODY, Limits
 from tests.rora_serve.adapter_server import make_reception
 from tests.rora_serve.reaching import client_of
 
@@ -227,6 +229,93 @@ def test_a_broken_record_is_left_out_of_the_list_and_is_a_500_by_name(
     for answer in (client.get("/v1/models/good"), ask(client, {"model": "good"})):
         assert answer.status_code == 500
         assert str(store.root) not in answer.text
+
+
+def test_head_is_answered_as_get_is(client: TestClient) -> None:
+    for path in ("/health", "/v1/models"):
+        assert client.head(path).status_code == client.get(path).status_code == 200
+    assert client.head("/v1/completions").status_code == 404
+
+
+def test_a_request_of_very_many_sequences_is_400(client: TestClient) -> None:
+    many: list[dict[str, Any]] = [
+        {"prompt": ["a"] * 129}, {"prompt": "a", "n": 129},
+        {"prompt": [[1]] * 43, "n": "3.0"},
+    ]  # fmt: skip
+    for body in many:
+        answer = client.post("/v1/completions", json={"model": "base", **body})
+        assert answer.status_code == 400
+        assert "129 sequences, at most 128 are expected" in answer.json()["error"]["message"]
+    most = {"model": "base", "prompt": ["a"] * 64, "n": 2}
+    assert client.post("/v1/completions", json=most).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "is_charged"),
+    [({"model": "base"}, True), ({"model": "nobody"}, True), (b'{"n": 9', True), (None, False)],
+)
+def test_mistakes_are_charged_and_what_the_server_refuses_is_not(
+    client: TestClient, body: Any, is_charged: bool
+) -> None:
+    """Else a tenant at its limit could have the loop read bodies without end."""
+    app: Any = client.app
+    reception = getattr(app.state, RECEPTION_STATE)
+    limited = replace(EVERYBODY, limits=Limits(requests_per_minute=2))
+    use = replace(reception, keys=SimpleNamespace(tenant_of=lambda _: limited))
+    setattr(app.state, RECEPTION_STATE, use)
+    if body is None:
+        with use.bodies.of("everybody") as hold:
+            hold(64 * 1024 * 1025)
+            assert ask(client, b" " * 65 * 1024).status_code == 429
+    else:
+        ask(client, body)
+    assert ask(client, {"model": "base"}).status_code == 200
+    last = ask(client, {"model": "base"})
+    assert last.status_code == (429 if is_charged else 200)
+
+
+def test_a_load_ends_with_its_deadline_and_with_whoever_waits_for_it(store: AdapterStore) -> None:
+    class Engine:
+        async def load(self, _: int, resolved: ResolvedVersion) -> int:
+            await asyncio.sleep(30)
+            return resolved.version.num_bytes
+
+        async def drop(self, lora_int_id: int) -> None:
+            raise AssertionError(lora_int_id)
+
+    directory = ModelDirectory(ServedBase(("base",), "", None), store, Engine(), capacity=1_000_000)
+    app = FastAPI()
+    app.add_middleware(FrontDoor)
+    reception = make_reception(directory)
+    setattr(app.state, RECEPTION_STATE, reception)
+
+    async def run() -> None:
+        async with client_of(app) as client:
+            headers = {"x-rora-deadline-ms": "100"}
+            late = await client.post("/v1/completions", json={"model": "good"}, headers=headers)
+            assert late.status_code == 504
+            assert "it was not loaded in" in late.json()["error"]["message"]
+        messages = [{"type": "http.request", "body": b'{"model": "bad"}'}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await asyncio.sleep(0.2)  # by then it waits for the load
+            assert reception.admission.in_flight == 1
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            raise AssertionError(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "app": app,
+        }  # fmt: skip
+        async with asyncio.timeout(5):
+            await FrontDoor(app)(scope, receive, send)
+        assert reception.admission.in_flight == 0
+        assert directory.num_running("bad", [store.resolve("bad").version]) == 0
+
+    asyncio.run(run())
 
 
 def test_interleaved_requests_keep_their_own_adapters(client: TestClient) -> None:

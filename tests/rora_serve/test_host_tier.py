@@ -74,6 +74,39 @@ def test_what_is_leased_or_pinned_stays_and_the_rest_waits_in_order() -> None:
     asyncio.run(run())
 
 
+def test_steady_use_of_others_keeps_nobody_out_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rora_serve.host_tier._PATIENCE_SECONDS", 0.05)
+
+    async def run() -> None:
+        engine = Engine(20)
+        is_over = False
+
+        async def use(key: str) -> None:
+            """Hold it always: a lease begins before the one before it ends."""
+            await engine.lease(key)
+            while not is_over:
+                again = asyncio.create_task(engine.lease(key))
+                await asyncio.sleep(0.005)
+                engine.tier.release(key)
+                await again
+            engine.tier.release(key)
+
+        users = [asyncio.create_task(use(key)) for key in ("a", "b")]
+        await asyncio.sleep(0.01)
+        assert set(engine.held) == {"a", "b"}
+        async with asyncio.timeout(2):
+            for key in ("c", "d", "c"):
+                await engine.lease(key)
+                await asyncio.sleep(0.02)
+                engine.tier.release(key)
+        is_over = True
+        async with asyncio.timeout(2):
+            await asyncio.gather(*users)  # who were put out come in again
+        assert engine.num_loads >= 5
+
+    asyncio.run(run())
+
+
 def test_pins_leave_room_for_what_comes_and_goes() -> None:
     async def run() -> None:
         engine = Engine(40)

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from adapters import AdapterStore
 from rora_serve.api.front_door import FrontDoor
 from rora_serve.api.model_request import ModelRequest, read_model_request
+from rora_serve.api.plugin import let_browsers_read
 from rora_serve.key_file import KeyFile
 from rora_serve.tenants import EVERYBODY, Limits, Tenant
 from tests.rora_serve.echo_server import ACME, OPERATOR, ROUTES, TIRED, Server, write_keys
@@ -206,24 +209,28 @@ def read(given: dict[str, Any], path: str, tenant: Tenant = EVERYBODY) -> ModelR
     return read_model_request(json.dumps(given).encode(), path, tenant, max_model_len=1024)
 
 
-@pytest.mark.parametrize(
-    ("path", "is_asked"),
-    [
-        ("/v1/completions", True), ("/v1/models", True), ("/v1/adapters", True),
-        ("/metrics", False), ("/health", False), ("/invocations", False),
-    ],
-)  # fmt: skip
-def test_a_browsers_question_opens_nothing_else(
-    store: AdapterStore, keys: KeyFile, path: str, is_asked: bool
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/adapters", "/metrics", "/invocations"])
+def test_browsers_read_refusals_and_their_questions_open_nothing(
+    store: AdapterStore, keys: KeyFile, path: str
 ) -> None:
     async def test() -> None:
         server = Server(store, keys)
+        cors = Middleware(CORSMiddleware, allow_origins=["http://page"], allow_methods=["*"])
+        server.app.user_middleware.append(cors)  # inside the front door, as vLLM has it
+        let_browsers_read(server.app)
         question = {"origin": "http://page", "access-control-request-method": "POST"}
-        for headers in ({}, {"origin": "http://page"}, question):
-            async with client_of(server.app) as client:
-                answer = await client.options(path, headers=headers)
-            reached_the_app = "detail" in answer.json()
-            assert reached_the_app is (is_asked and headers == question)
+        async with client_of(server.app) as client:
+            asked = await client.options(path, headers=question)
+            refused = await client.post(path, headers={"origin": "http://page"})
+            others = await client.post(path, headers={"origin": "http://another"})
+            plain = await client.options(path)
+        assert asked.text == "OK"
+        assert asked.headers["access-control-allow-origin"] == "http://page"
+        assert refused.status_code in (401, 404)
+        assert refused.headers["access-control-allow-origin"] == "http://page"
+        assert "retry-after" in refused.headers["access-control-expose-headers"]
+        assert "access-control-allow-origin" not in others.headers
+        assert plain.status_code == 404
 
     run(test())
 
