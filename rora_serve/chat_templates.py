@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 MAX_SECONDS = 2.0  # for one chat
 MAX_BYTES = 512 << 20  # that a chat may take
 MAX_CHARACTERS = 1 << 24  # that come of it
-# Of processor time that a user's chats by a template may take.
+# Of processor time that a user's chats may take, by one template and by all of them.
 _BUDGET_SECONDS, _BUDGET_WINDOW_SECONDS = 5.0, 30.0
+_BUDGET_SECONDS_OF_USER = 10.0
 _KEPT_BYTES = 64 << 20  # that the process may have grown by before another one takes its place
 _START_SECONDS = 120.0
 _RESTART_SECONDS = 2.0
@@ -77,8 +78,9 @@ class TemplateProcess:
 
     Args: seconds, num_bytes: that one chat may take; above them the process is ended.
 
-    All chats that a user has written by a template may take 5 s of computing in any 30, and none
-    for 30 s after one that took too much, so that others' are written meanwhile.
+    All chats that a user has written by a template may take 5 s of computing in any 30, those by
+    all templates 10 s, and none by a template for 30 s after one that took too much, so that
+    others' are written meanwhile.
     """
 
     def __init__(self, *, seconds: float = MAX_SECONDS, num_bytes: int = MAX_BYTES) -> None:
@@ -87,8 +89,8 @@ class TemplateProcess:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-templates")
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
-        # By user and template, until when what they used of their budget lasts.
-        self._used_until: dict[tuple[str, str], float] = {}
+        # By user and template, and by user, until when what they used of their budget lasts.
+        self._used_until: dict[tuple[str, str | None], float] = {}
 
     def write(self, template: str, chat: Chat, *, user: str = "") -> "Future[str]":
         """Return the text of a chat.
@@ -138,13 +140,16 @@ class TemplateProcess:
     def _write(self, template: str, chat: Chat, user: str = "") -> str:
         begun = time.monotonic()
         self._used_until = {k: until for k, until in self._used_until.items() if until > begun}
-        key = (user, template)
-        used_until = self._used_until.get(key, begun)
-        if used_until - begun >= _BUDGET_WINDOW_SECONDS:
-            raise ChatTemplateError(
-                f"it computed for {_BUDGET_SECONDS:g} of the last {_BUDGET_WINDOW_SECONDS:g} s, or "
-                "was ended; send the request again later"
-            )
+        budgets: dict[tuple[str, str | None], float] = {(user, template): _BUDGET_SECONDS}
+        if user:
+            budgets[user, None] = _BUDGET_SECONDS_OF_USER
+        for key, budget in budgets.items():
+            if self._used_until.get(key, begun) - begun >= _BUDGET_WINDOW_SECONDS:
+                who = "it" if key[1] else "the templates of this tenant's chats"
+                raise ChatTemplateError(
+                    f"{who} computed for {budget:g} of the last {_BUDGET_WINDOW_SECONDS:g} s, or "
+                    "was ended; send the request again later"
+                )
         connection = self._sent((template, dict(chat)))
         written = _Written(None, f"it takes more than {self._seconds:g} s", is_bad=True)
         try:
@@ -153,13 +158,17 @@ class TemplateProcess:
         except (EOFError, OSError):
             written = replace(written, reason="it ended the process that writes it")
         seconds = written.seconds
-        if written.is_bad:
-            logger.warning("a chat template was ended: %s", written.reason)
-            seconds = 2 * _BUDGET_SECONDS  # and nothing more for the whole of a window
         if written.is_last:
             self._end()
             seconds += _RESTART_SECONDS
-        self._used_until[key] = used_until + seconds * _BUDGET_WINDOW_SECONDS / _BUDGET_SECONDS
+        if written.is_bad:
+            logger.warning("a chat template was ended: %s", written.reason)
+            seconds = max(seconds, self._seconds)
+        for key, budget in budgets.items():
+            # After a bad one nothing more by this template for the whole of a window.
+            charged = 2 * budget if written.is_bad and key[1] else seconds
+            used_until = self._used_until.get(key, begun)
+            self._used_until[key] = used_until + charged * _BUDGET_WINDOW_SECONDS / budget
         if written.text is None:
             raise ChatTemplateError(written.reason)
         return written.text

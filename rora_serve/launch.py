@@ -362,9 +362,6 @@ def _open_door(
             requests_in_flight=admission.in_flight,
         )
 
-    def quarantine(resolved: ResolvedVersion) -> str | None:
-        return parts.store.probe_record(resolved.version.digest).quarantine(prober.build)
-
     metrics = Metrics(base.names[0], read_levels)
     REGISTRY.register(metrics)  # whose content vLLM's /metrics is
     residents = Residents(directory)
@@ -383,7 +380,7 @@ def _open_door(
         directory,
         residents,
         intake,
-        Views(directory, residents, catalog, quarantine),
+        Views(directory, residents, catalog, prober.read_quarantine),
         started=int(time.time()),
         is_ready=lambda: preloader.is_done and lifetime.is_ready,
         max_upload_bytes=config.max_upload_bytes,

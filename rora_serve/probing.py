@@ -80,10 +80,14 @@ class Prober:
 
         Cost: one small read, unless the version was cleared.
         """
-        digest = resolved.version.digest
-        if digest in self._cleared:
+        if resolved.version.digest in self._cleared:
             return None
-        record = await asyncio.to_thread(self._store.probe_record, digest)
+        return await asyncio.to_thread(self.read_quarantine, resolved)
+
+    def read_quarantine(self, resolved: ResolvedVersion) -> str | None:
+        """Return what the store says, as `quarantine`. Cost: one small read."""
+        digest = resolved.version.digest
+        record = self._store.probe_record(digest)
         if digest in self._unkept:
             record = record.with_verdict(self.build, self._unkept[digest])
         return record.quarantine(self.build)

@@ -110,9 +110,14 @@ class Residents:
         Raises: ResidencyError: requests still use them after `unload_seconds`.
         """
         self.unpin(name, versions)
-        weights = {version.weights_digest for version in versions}
-        tier = self._directory.tier
-        within = self._unload_seconds
+        tier, within = self._directory.tier, self._unload_seconds
+        weights = {
+            version.weights_digest
+            for version in versions
+            # Else they are in use by other names alone.
+            if self._directory.num_running(name, [version])
+            or not tier.is_needed(version.weights_digest)
+        }
         await asyncio.gather(*(tier.unload(each, within=within) for each in weights))
         self._check_idle(name, versions)
 

@@ -29,8 +29,9 @@ Responses = dict[int | str, dict[str, Any]]
 _SERVER_FAULT = 500  # the first status of those
 _MEANINGS = {
     400: "The request says something else than what is expected.",
-    403: "The caller may not add adapters of this name.",
+    403: "The caller may not add adapters of this name, or not under this alias.",
     404: "There is no such adapter or version, or the caller may not see it.",
+    408: "Nothing of the body came for a minute.",
     409: "An alias, a version or running requests stand against it.",
     413: "The body is too large.",
     415: "The body is of a kind that is not expected.",

@@ -12,7 +12,14 @@ from pydantic import ValidationError
 from adapters import ResolvedVersion
 from adapters.folder import MAX_FILE_BYTES
 from adapters.names import LATEST
-from rora_serve.api.errors import ErrorResponse, Refusal, bad_request, bad_values, body_too_large
+from rora_serve.api.errors import (
+    ErrorResponse,
+    Refusal,
+    bad_request,
+    bad_values,
+    body_too_large,
+    body_too_slow,
+)
 from rora_serve.api.forms import receive_form
 from rora_serve.api.front_door import current_tenant
 from rora_serve.api.protocol import AdapterDetail, ImportBody
@@ -26,6 +33,7 @@ _JSON = "application/json"
 _ARCHIVES = ("application/x-tar", "application/gzip", "application/zip")
 _MAX_JSON_BYTES = 64 * 1024
 _MAX_DIGITS = 19  # of a length
+MAX_SILENT_SECONDS = 60.0  # of whoever sends one
 _BINARY = {"type": "string", "format": "binary"}
 _FORM_SCHEMA = {
     "type": "object",
@@ -60,7 +68,7 @@ def make_upload_router(intake: Intake, views: Views, *, max_upload_bytes: int) -
     @router.post(
         "/v1/adapters",
         status_code=201,
-        responses={201: _CREATED, **answers(400, 403, 413, 415, 422, 507)},
+        responses={201: _CREATED, **answers(400, 403, 408, 413, 415, 422, 507)},
         openapi_extra={"requestBody": _REQUEST_BODY},
     )
     async def add_adapter(
@@ -101,7 +109,7 @@ async def _receive_form(
     body: AsyncIterator[bytes], content_type: str, intake: Intake
 ) -> ResolvedVersion:
     def check(name: str, alias: str) -> None:
-        check_uploadable(name)
+        check_uploadable(name, alias)
         intake.check_name(name, alias)
 
     async with intake.receiving() as incoming:
@@ -114,7 +122,7 @@ async def _receive_archive(
 ) -> ResolvedVersion:
     if name is None:
         raise Refusal(bad_request("name", "name: missing; give it in the query"))
-    check_uploadable(name)
+    check_uploadable(name, alias)
     intake.check_name(name, alias)
     async with intake.receiving() as incoming:
         archive = incoming.folder / "archive"
@@ -140,9 +148,13 @@ async def _import(body: AsyncIterator[bytes], intake: Intake) -> ResolvedVersion
         return await intake.take(incoming.folder, wanted.name, wanted.alias)
 
 
-def check_uploadable(name: str) -> None:
-    """End the route if the caller may not upload adapters of this name, whether there are any."""
-    if not current_tenant.get().may_upload(name):
+def check_uploadable(name: str, alias: str) -> None:
+    """End the route if the caller may not upload adapters of this name, whether there are any.
+
+    Whoever may upload moves `latest`; what another alias means is for whoever manages the name.
+    """
+    caller = current_tenant.get()
+    if not caller.may_upload(name) or not (alias == LATEST or caller.may_manage(name)):
         raise Refusal(not_allowed(name))
 
 
@@ -168,7 +180,14 @@ async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes]:
         raise Refusal(body_too_large(limit))
     num_bytes = 0
     async with aclosing(request.stream()) as stream:
-        async for chunk in stream:
+        while True:
+            try:
+                async with asyncio.timeout(MAX_SILENT_SECONDS):
+                    chunk = await anext(stream, None)
+            except TimeoutError as error:
+                raise Refusal(body_too_slow(MAX_SILENT_SECONDS)) from error
+            if chunk is None:
+                return
             num_bytes += len(chunk)
             if num_bytes > limit:
                 raise Refusal(body_too_large(limit))

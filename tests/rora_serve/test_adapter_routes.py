@@ -154,6 +154,25 @@ async def not_for_you(place: Place) -> httpx.Response:
     return await place.server.upload(place.third, "a")
 
 
+@case(UPLOAD, 403)
+async def alias_not_for_you(place: Place) -> httpx.Response:
+    """Whoever may only upload moves `latest`, which is the control."""
+    place.server.tenant = Rights(upload=("a",))
+    answer = await place.server.upload(place.third, "a", alias="stable")
+    assert (await place.server.upload(place.third, "a")).status_code == 201
+    return answer
+
+
+@case(UPLOAD, 408)
+async def half_an_upload(place: Place) -> httpx.Response:
+    async def content() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    headers = {"content-type": "application/json"}
+    return await place.ask("POST", "/v1/adapters", content=content(), headers=headers)
+
+
 @case(UPLOAD, 500)
 async def broken_record(place: Place) -> httpx.Response:
     place.break_record()
@@ -267,6 +286,7 @@ def test_each_answer_is_as_it_is_declared(
 ) -> None:
     monkeypatch.setattr("rora_serve.api.asgi.MAX_BODY_BYTES", len(LARGE) - 1)
     monkeypatch.setattr("rora_serve.api.asgi.MAX_BODY_SECONDS", 0.2)
+    monkeypatch.setattr("rora_serve.api.uploads.MAX_SILENT_SECONDS", 0.2)
 
     async def run() -> httpx.Response:
         return await ask(place)

@@ -146,6 +146,7 @@ def test_what_took_too_long_rests_for_whoever_asked(templates: TemplateProcess) 
 
 def test_much_time_for_one_leaves_some_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rora_serve.chat_templates._BUDGET_SECONDS", 0.5)
+    monkeypatch.setattr("rora_serve.chat_templates._BUDGET_SECONDS_OF_USER", 1.0)
     process = TemplateProcess(seconds=10)
     slow = "{% for i in range(300) %}{% for j in range(9999) %}{% endfor %}{% endfor %}x"
     try:
@@ -153,6 +154,10 @@ def test_much_time_for_one_leaves_some_for_others(monkeypatch: pytest.MonkeyPatc
         asked = [process.write(slow, {"messages": []}, user="a") for _ in range(100)]
         assert asked[0].result() == "x"
         with pytest.raises(ChatTemplateError, match=r"0\.5 of the last 30 s"):
+            asked[-1].result()
+        # Also where one says the same in many ways.
+        asked = [process.write(slow + "y" * n, {"messages": []}, user="a") for n in range(100)]
+        with pytest.raises(ChatTemplateError, match=r"this tenant's chats computed for 1 of the"):
             asked[-1].result()
         assert process.write(slow, {"messages": []}, user="b").result() == "x"
     finally:
