@@ -25,7 +25,8 @@ from prometheus_client.core import (
     Metric,
 )
 
-from rora_serve.request_log import RequestRecord, Tier
+from rora_serve.host_tier import Tier
+from rora_serve.request_log import RequestRecord
 from rora_serve.top_names import TopNames
 
 MAX_NAMES = 50  # adapters with series of their own, and tenants

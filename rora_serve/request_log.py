@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
-Tier = Literal["slot", "host", "store"]
+from rora_serve.host_tier import Tier
 
 REQUEST_ID_HEADER = b"x-request-id"
 # nginx's status for a client that hung up before the answer began.
