@@ -14,8 +14,9 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rora_serve import metrics as metrics_module
+from rora_serve.host_tier import Tier
 from rora_serve.metrics import MAX_NAMES, NONE, OTHER, Levels, Metrics
-from rora_serve.request_log import Choice, RequestRecord, Tier
+from rora_serve.request_log import Choice, RequestRecord
 
 BASE = "smollm2-135m-instruct"
 LEVELS = Levels(
