@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from adapters.errors import AdapterMismatchError
 from rora_serve.side_process import follow_parent
+from rora_serve.tenants import EVERYBODY
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class TemplateProcess:
         begun = time.monotonic()
         self._used_until = {k: until for k, until in self._used_until.items() if until > begun}
         budgets: dict[tuple[str, str | None], float] = {(user, template): _BUDGET_SECONDS}
-        if user:
+        if user not in ("", EVERYBODY.name):  # who are many
             budgets[user, None] = _BUDGET_SECONDS_OF_USER
         for key, budget in budgets.items():
             if self._used_until.get(key, begun) - begun >= _BUDGET_WINDOW_SECONDS:
@@ -158,12 +159,12 @@ class TemplateProcess:
         except (EOFError, OSError):
             written = replace(written, reason="it ended the process that writes it")
         seconds = written.seconds
-        if written.is_last:
-            self._end()
-            seconds += _RESTART_SECONDS
         if written.is_bad:
             logger.warning("a chat template was ended: %s", written.reason)
             seconds = max(seconds, self._seconds)
+        if written.is_last:
+            self._end()
+            seconds += _RESTART_SECONDS
         for key, budget in budgets.items():
             # After a bad one nothing more by this template for the whole of a window.
             charged = 2 * budget if written.is_bad and key[1] else seconds

@@ -1,7 +1,7 @@
 """HostTier: which adapters the engine holds in memory, by bytes; the least recently used goes."""
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ Tier = Literal["slot", "host", "store"]
 MAX_PINNED_SHARE = 0.5
 # How long an adapter waits for room that others' requests leave by themselves.
 _PATIENCE_SECONDS = 5.0
+_TURN_SECONDS = 1.0  # the same, if it waited as long for its turn to get room
 
 
 def check_fits(num_bytes: int, left: int) -> None:
@@ -62,17 +63,26 @@ class HostTier:
     Args:
         capacity: bytes.
         drop: takes adapters out of the engine, given their keys.
+        gone: told of an adapter that did not come in.
 
     num_evicted: how many made room for others so far.
     """
 
-    def __init__(self, capacity: int, drop: Callable[[list[str]], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        drop: Callable[[list[str]], Awaitable[None]],
+        gone: Callable[[str], Awaitable[None]],
+    ) -> None:
         self.capacity = capacity
         self.num_evicted = 0
         self._drop = drop
+        self._gone = gone
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         # What is being taken out: it is loaded again only after that.
         self._leaving: dict[str, asyncio.Task[None]] = {}
+        # Who waits for an adapter to go, to have it come in again.
+        self._awaiting: Counter[str] = Counter()
         self._used = 0
         self._making_room = asyncio.Lock()
         self._released = asyncio.Event()
@@ -90,6 +100,15 @@ class HostTier:
     def holds(self, key: str) -> bool:
         """Tell whether an adapter is in the engine or on its way."""
         return key in self._residents
+
+    def is_ready(self, key: str) -> bool:
+        """Tell whether a lease would not have to wait for others, once what loads has loaded."""
+        resident = self._residents.get(key)
+        return resident is not None and not resident.is_due
+
+    def is_awaited(self, key: str) -> bool:
+        """Tell whether an adapter will come in again as soon as it has gone."""
+        return key in self._awaiting
 
     def is_needed(self, key: str) -> bool:
         """Tell whether somebody leases or pins an adapter."""
@@ -116,16 +135,22 @@ class HostTier:
         Raises: AdapterMismatchError: it is larger than all the memory for adapters; and whatever
             `load` raises.
         """
-        while (resident := self._residents.get(key)) is not None and resident.is_due:
-            self._released.clear()
-            await self._released.wait()
+        self._awaiting[key] += 1
+        try:
+            while (resident := self._residents.get(key)) is not None and resident.is_due:
+                self._released.clear()
+                await self._released.wait()
+        finally:
+            self._awaiting[key] -= 1
+            if not self._awaiting[key]:
+                del self._awaiting[key]
         if resident is None:
             self._check_fits(num_bytes)
             resident = _Resident(num_bytes)
             self._residents[key] = resident
             resident.arrival = asyncio.create_task(self._bring_in(key, resident, load))
             # Those who wait for it may be gone by then.
-            resident.arrival.add_done_callback(lambda _: self._released.set())
+            resident.arrival.add_done_callback(self._note_arrival)
         resident.leases += 1
         assert resident.arrival is not None
         try:
@@ -202,13 +227,14 @@ class HostTier:
         self, key: str, resident: _Resident, load: Callable[[], Awaitable[int]]
     ) -> None:
         reserved = 0
+        patient_until = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
         try:
             leaving = self._leaving.get(key)
             if leaving is not None:
                 await leaving
             # In the order in which they came: a large one is not overtaken for ever.
             async with self._making_room:
-                await self._make_room(resident.num_bytes)
+                await self._make_room(resident, patient_until)
                 reserved = resident.num_bytes
                 self._used += reserved
             resident.num_bytes = await load()
@@ -217,16 +243,30 @@ class HostTier:
             self._used -= reserved
             del self._residents[key]
             self._released.set()
+            await self._gone(key)
             raise
+
+    def _note_arrival(self, arrival: "asyncio.Task[None]") -> None:
+        if not arrival.cancelled():
+            arrival.exception()  # seen, also if nobody waited for it
+        self._released.set()
 
     def _check_fits(self, num_bytes: int) -> None:
         check_fits(num_bytes, self.capacity - self._pinned_bytes)
 
-    async def _make_room(self, num_bytes: int) -> None:
-        loop = asyncio.get_running_loop()
-        patient_until = loop.time() + _PATIENCE_SECONDS
+    async def _make_room(self, coming: _Resident, patient_until: float) -> None:
+        """Wait until an adapter has room, and after some time see that others leave it.
+
+        Raises: asyncio.CancelledError: nobody waits for it any more; and as `_check_fits`.
+        """
+        loop, num_bytes = asyncio.get_running_loop(), coming.num_bytes
+        patient_until = max(patient_until, loop.time() + _TURN_SECONDS)
         try:
-            while self._used + num_bytes > self.capacity:
+            while True:
+                if not coming.leases:
+                    raise asyncio.CancelledError
+                if self._used + num_bytes <= self.capacity:
+                    return
                 self._check_fits(num_bytes)  # others may have been pinned while it waited
                 leaving = self._least_recent(num_bytes, lambda resident: resident.may_go)
                 if leaving:

@@ -170,7 +170,7 @@ class ModelDirectory:
         self._base = base
         self._engine = engine
         self._prober = prober
-        self.tier = HostTier(capacity, self._drop)
+        self.tier = HostTier(capacity, self._drop, self._dismiss_unused)
         self._ids: dict[str, int] = {}
         # Versions that were checked, by digest, which go with their weights.
         self._admitted: dict[str, _Admitted] = {}
@@ -332,7 +332,7 @@ class ModelDirectory:
 
     async def _dismiss_unused(self, weights: str) -> None:
         """Let go of the versions of weights that the engine does not hold."""
-        if self.tier.holds(weights):
+        if self.tier.holds(weights) or self.tier.is_awaited(weights):
             return
         # All of them before anything else can run: new requests admit them anew.
         versions = [

@@ -16,6 +16,7 @@ from rora_serve.models import ModelDirectory, ServedAdapter
 logger = logging.getLogger(__name__)
 
 _UNLOAD_SECONDS = 30.0
+_ENDING_SECONDS = 6.0  # in which requests that ended let go of everything
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,11 @@ class Residents:
         Raises: ResidencyError: requests still use them after `unload_seconds`.
         """
         self.unpin(name, versions)
-        tier, within = self._directory.tier, self._unload_seconds
-        weights = {
-            version.weights_digest
-            for version in versions
-            # Else they are in use by other names alone.
-            if self._directory.num_running(name, [version])
-            or not tier.is_needed(version.weights_digest)
-        }
+        weights = {version.weights_digest for version in versions}
+        within = self._unload_seconds
+        if not self._directory.num_running(name, versions):
+            within = min(within, _ENDING_SECONDS)  # what is in use later is so by other names
+        tier = self._directory.tier
         await asyncio.gather(*(tier.unload(each, within=within) for each in weights))
         self._check_idle(name, versions)
 

@@ -230,7 +230,7 @@ class FrontDoor:
             await self._serve_admitted(scope, exchange, reception, tenant, record)
         except (_RefusedError, StoppingError, EngineDiedError, OverloadedError) as error:
             refusal = error if isinstance(error, _RefusedError) else _refusal(error)
-            if refusal.response.status in _NOT_OF_THE_SENDERS_MAKING:
+            if refusal.is_given_back:
                 limiter.give_back(tenant, time.monotonic())
             await exchange.respond(refusal.response, refusal.headers)
         finally:
@@ -267,12 +267,16 @@ class FrontDoor:
 
 
 class _RefusedError(Exception):
-    """A request gets one of our own answers."""
+    """A request gets one of our own answers.
+
+    is_given_back: whether it counts against no limit.
+    """
 
     def __init__(self, response: ErrorResponse, headers: Sequence[Header] = ()) -> None:
         super().__init__(response.message)
         self.response = response
         self.headers = headers
+        self.is_given_back = response.status in _NOT_OF_THE_SENDERS_MAKING
 
 
 def _refusal(error: RoraError, model: str = "") -> _RefusedError:
@@ -326,6 +330,11 @@ class _Visit:
         except ValueError as error:
             raise _RefusedError(bad_request(None, str(error))) from error
         deadline = None if within is None else record.arrived_at + within
+        if deadline is not None and deadline <= time.monotonic():
+            late = DeadlineError("the deadline passed while the request was read; allow more time")
+            refusal = _refusal(late)
+            refusal.is_given_back = False  # the loop's time for its body was taken all the same
+            raise refusal
         is_base = model is None or model in directory.base_names
         name = directory.base_names[0] if is_base else (model or "").partition("@")[0]
         if not (self._tenant.may_use_base if is_base else self._tenant.may_use(name)):
@@ -339,7 +348,7 @@ class _Visit:
         is_cold = False
         if resolved is not None:
             record.version = resolved.public_id
-            is_cold = not directory.tier.holds(resolved.version.weights_digest)
+            is_cold = not directory.tier.is_ready(resolved.version.weights_digest)
         place = self._reception.admission.place(
             tenant=self._tenant.name,
             adapter=name,

@@ -130,6 +130,7 @@ def let_browsers_read(app: "FastAPI") -> None:
     settings: dict[str, Any] = app.user_middleware.pop(kinds.index(CORSMiddleware)).kwargs
     settings["expose_headers"] = [name.decode() for name in EXPOSED_HEADERS]
     app.user_middleware.insert(0, Middleware(CORSMiddleware, **settings))
+    app.middleware_stack = None  # built by vLLM already; the first request builds it anew
 
 
 # What vLLM's --middleware takes.

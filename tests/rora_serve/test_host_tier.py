@@ -16,7 +16,8 @@ class Engine:
     def __init__(self, capacity: int) -> None:
         self.held: dict[str, int] = {}
         self.num_loads = 0
-        self.tier = HostTier(capacity, self.drop)
+        self.gone: list[str] = []
+        self.tier = HostTier(capacity, self.drop, self.note_gone)
 
     async def lease(self, key: str, num_bytes: int = 10) -> None:
         async def load() -> int:
@@ -28,6 +29,9 @@ class Engine:
             return num_bytes
 
         await self.tier.lease(key, num_bytes, load)
+
+    async def note_gone(self, key: str) -> None:
+        self.gone.append(key)
 
     async def drop(self, keys: list[str]) -> None:
         await asyncio.sleep(0.001)
@@ -76,6 +80,7 @@ def test_what_is_leased_or_pinned_stays_and_the_rest_waits_in_order() -> None:
 
 def test_steady_use_of_others_keeps_nobody_out_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rora_serve.host_tier._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("rora_serve.host_tier._TURN_SECONDS", 0.02)
 
     async def run() -> None:
         engine = Engine(20)
@@ -103,6 +108,40 @@ def test_steady_use_of_others_keeps_nobody_out_for_long(monkeypatch: pytest.Monk
         async with asyncio.timeout(2):
             await asyncio.gather(*users)  # who were put out come in again
         assert engine.num_loads >= 5
+
+    asyncio.run(run())
+
+
+def test_what_nobody_waits_for_any_more_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rora_serve.host_tier._PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr("rora_serve.host_tier._TURN_SECONDS", 0.02)
+
+    async def run() -> None:
+        engine = Engine(10)
+        await engine.lease("a")
+        left = [asyncio.create_task(engine.lease(key)) for key in ("b", "c", "d")]
+        await asyncio.sleep(0.01)
+        for task in left:
+            task.cancel()
+        await asyncio.sleep(0.05)
+        assert engine.gone == ["b", "c", "d"]
+        assert engine.tier.is_ready("a")
+        engine.tier.release("a")
+        await engine.lease("a")  # which is still there
+        assert engine.num_loads == 1
+        # Who waits for it to come in again is known, while it goes and it is not held.
+        other = asyncio.create_task(engine.lease("b"))
+        await asyncio.sleep(0.05)
+        again = asyncio.create_task(engine.lease("a"))
+        await asyncio.sleep(0.01)
+        assert not engine.tier.is_ready("a")
+        assert engine.tier.is_awaited("a")
+        engine.tier.release("a")
+        await other
+        engine.tier.release("b")
+        await again
+        assert not engine.tier.is_awaited("a")
+        assert engine.held == {"a": 10}
 
     asyncio.run(run())
 

@@ -217,6 +217,7 @@ def test_browsers_read_refusals_and_their_questions_open_nothing(
         server = Server(store, keys)
         cors = Middleware(CORSMiddleware, allow_origins=["http://page"], allow_methods=["*"])
         server.app.user_middleware.append(cors)  # inside the front door, as vLLM has it
+        server.app.middleware_stack = server.app.build_middleware_stack()
         let_browsers_read(server.app)
         question = {"origin": "http://page", "access-control-request-method": "POST"}
         async with client_of(server.app) as client:

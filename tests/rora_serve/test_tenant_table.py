@@ -164,6 +164,19 @@ def test_who_has_no_key_gets_nothing(keyed_server: KeyedServer, client: httpx.Cl
     assert client.get("/health").status_code == client.get("/ready").status_code == 200
 
 
+def test_browsers_may_ask_and_read_refusals(client: httpx.Client) -> None:
+    page = {"origin": "http://page"}
+    question = {"access-control-request-method": "POST"}
+    question["access-control-request-headers"] = "authorization"
+    assert client.options(CHAT, headers=page | question).status_code == 200
+    refused = client.post(CHAT, json={}, headers=page)
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] in ("*", "http://page")
+    assert "x-request-id" in refused.headers["access-control-expose-headers"]
+    head = client.head("/health")
+    assert (head.status_code, head.content) == (200, b"")
+
+
 @pytest.mark.parametrize(
     "path",
     [
