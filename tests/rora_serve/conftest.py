@@ -295,7 +295,8 @@ def keyed_server(
     add_names(store, root / "made", default_model)
     keys = write_keys(root / "keys.toml")
     port = free_port()
-    command = our_command(store.root, port, ["--keys", str(root / "keys.toml")])
+    own, page = ["--keys", str(root / "keys.toml")], ["--allowed-origins", '["http://page"]']
+    command = our_command(store.root, port, own, vllm_options=page)
     with running(command, port, root / "log") as server:
         yield KeyedServer(server, store, keys)
 
