@@ -67,7 +67,6 @@ def test_calls_of_tools_are_read_before_they_are_written(server: Server) -> None
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "no tools here"),
         ({"chat_template": "{{ 1 }}"}, "--trust-request-chat-template"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "--trust-request-chat-template"),
-        ({"messages": [{"role": "user", "content": "x" * 2**24}]}, "at most 16777216"),
     ],
 )
 def test_what_a_template_does_not_take_is_the_clients_mistake(

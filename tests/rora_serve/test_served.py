@@ -117,6 +117,7 @@ def test_an_allocated_adapter_has_ranks_from_none_to_three_times_the_first(
     assert store.record("allocated").versions
 
 
+@pytest.mark.soak
 def test_stock_vllm_corrupts_the_base_beside_an_adapter(
     stock: Stock, oracle: Oracle, prompts: list[tuple[int, ...]]
 ) -> None:
