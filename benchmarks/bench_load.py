@@ -11,7 +11,9 @@ Figures, milliseconds:
     read_limit_ms: reading the adapter's file into memory and nothing else.
     step_ms: one decoding step of one request.
     others_gap_ms: longest time between two tokens of a base request while 100 adapters come in.
-    others_gap_without_loads_ms: the same while 100 requests of adapters in memory come in.
+    others_gap_without_loads_ms: the same while 100 requests of adapters in memory come in, at the
+        pace at which those of the cold ones were answered: what their prompts alone take.
+    together_seconds: until these 100 were answered.
     lora_bytes_vs_actual: what the worker's memory grew by as 64 adapters came in, over the bytes
         of their tensors.
 """
@@ -62,23 +64,34 @@ def read_ms(folder: Path) -> float:
     return 1000 * seconds
 
 
-def gap_ms(server: Server, names: Sequence[str], seed: int) -> float:
-    """Return the longest pause of a base request while one request of each name comes in."""
+def gap_ms(
+    server: Server, names: Sequence[str], seed: int, *, pace: float = 0
+) -> tuple[float, float]:
+    """Return the longest pause of a base request while one request of each name comes in.
 
-    async def run() -> Answer:
+    Args: pace: seconds from one to the next.
+    Returns: milliseconds, and how many seconds it took until all were answered.
+    """
+
+    async def run() -> tuple[Answer, float]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT, limits=limits) as client:
             texts = prompts(seed, len(names) + 1, PROMPT)
             stream = asyncio.create_task(ask(client, BASE, texts[0], STREAM_TOKENS))
             await asyncio.sleep(1)
-            await asyncio.gather(
-                *(ask(client, n, p, 1) for n, p in zip(names, texts[1:], strict=True))
-            )
-            assert not stream.done(), "the stream ended before the adapters had come in"
-            return await stream
 
-    tokens = asyncio.run(run()).tokens
-    return 1000 * max(b - a for a, b in pairwise(tokens))
+            async def ask_at(index: int) -> None:
+                await asyncio.sleep(index * pace)
+                await ask(client, names[index], texts[1 + index], 1)
+
+            begin = time.perf_counter()
+            await asyncio.gather(*map(ask_at, range(len(names))))
+            seconds = time.perf_counter() - begin
+            assert not stream.done(), "the stream ended before the adapters had come in"
+            return await stream, seconds
+
+    answer, seconds = asyncio.run(run())
+    return 1000 * max(b - a for a, b in pairwise(answer.tokens)), seconds
 
 
 def worker_of(server: Server) -> psutil.Process:
@@ -134,8 +147,8 @@ def measure(
         first_token_ms(server, name, 0)
     grown = worker.memory_info().rss - before
     actual = sum(store.resolve(name).version.num_bytes for name in slots)
-    gap = gap_ms(server, together, 7)
-    calm = gap_ms(server, together, 8)
+    gap, seconds = gap_ms(server, together, 7)
+    calm, _ = gap_ms(server, together, 8, pace=seconds / len(together))
     limit = statistics.median(colds) - statistics.median(warms)
     return {
         "cold_first_token_ms": spread(colds),
@@ -149,6 +162,7 @@ def measure(
         "others_gap_ms": round(gap, 1),
         "others_gap_allowed_ms": round(step + 50, 1),
         "others_gap_without_loads_ms": round(calm, 1),
+        "together_seconds": round(seconds, 1),
         "lora_bytes_vs_actual": round(grown / actual, 4),
         "set_up": {
             "model": BASE, "dtype": "float32", "adapter_bytes": actual // len(slots),

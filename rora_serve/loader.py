@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adapters import ResolvedVersion
 from rora_serve.engine.handover import Draft, hand_over
-from rora_serve.side_process import SideProcess
+from rora_serve.side_process import LOADING_NICENESS, SideProcess
 
 
 class Loader:
@@ -16,7 +16,7 @@ class Loader:
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
-        self._process = SideProcess()
+        self._process = SideProcess(LOADING_NICENESS)
         self._process.start()
 
     async def load(self, lora_int_id: int, resolved: ResolvedVersion) -> int:

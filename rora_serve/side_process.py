@@ -21,16 +21,23 @@ from adapters.errors import StoreError
 logger = logging.getLogger(__name__)
 
 NICENESS = 10  # what computes goes first: a tenth of a core for reading, if none is free
+# A quarter for loading, which others wait for, and which keeps out of the longest steps by itself
+# (rora_serve.engine.first_steps).
+LOADING_NICENESS = 5
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
 
 class SideProcess:
-    """Runs functions in one process, one after the other; it starts with the first, or `start`."""
+    """Runs functions in one process, one after the other; it starts with the first, or `start`.
 
-    def __init__(self) -> None:
-        self._processes = _new_processes()
+    Args: niceness: of the process.
+    """
+
+    def __init__(self, niceness: int = NICENESS) -> None:
+        self._niceness = niceness
+        self._processes = _new_processes(niceness)
         # One job at a time is the process's: if it dies, only that one fails.
         self._working = asyncio.Lock()
 
@@ -52,7 +59,7 @@ class SideProcess:
                 return await loop.run_in_executor(self._processes, job, *arguments)
         except BrokenProcessPool as error:
             logger.error("the process that reads adapters ended; another one is started")
-            self._processes = _new_processes()
+            self._processes = _new_processes(self._niceness)
             self.start()
             raise StoreError(
                 f"{what}: the process that reads adapters was ended while it was read, as a "
@@ -64,9 +71,9 @@ class SideProcess:
         self._processes.shutdown(wait=False, cancel_futures=True)
 
 
-def _new_processes() -> ProcessPoolExecutor:
+def _new_processes(niceness: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin)
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(niceness,))
 
 
 def follow_parent() -> None:
@@ -81,8 +88,8 @@ def follow_parent() -> None:
     threading.Thread(target=follow, name="follow-parent", daemon=True).start()
 
 
-def _begin() -> None:
+def _begin(niceness: int) -> None:
     """Set up the process: only its parent ends it, and nothing of it outlives that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(NICENESS)
+    os.nice(niceness)
     follow_parent()

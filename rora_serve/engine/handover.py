@@ -3,8 +3,9 @@
 Over a Unix socket in a folder of the server's own, one connection a slot:
 
     loader   a byte, and with it a file in memory whose first bytes will be the slot's
+    worker   {"num_layers": n, "num_parts": n}, when it is the loader's turn
     loader   {"modules": [name, ...]}
-    worker   {"sites": [[layer, part, kind, in, out] or null, ...], "num_layers": n, "num_parts": n}
+    worker   {"sites": [[layer, part, kind, in, out] or null, ...]}
     loader   {"lora_int_id": n, "num_bytes": n, "element": "F32"}, once the file is written
     worker   {"published": true}
 
@@ -15,6 +16,7 @@ the worker's own, in large pages, which files in memory seldom get, and the load
 all. A loader that stops halfway leaves nothing behind.
 """
 
+import io
 import json
 import logging
 import mmap
@@ -32,13 +34,14 @@ from adapters import open_artifact
 from adapters.errors import EngineSeamError
 from rora_serve.engine.loading import lay_out
 from rora_serve.engine.slots import Element, Pages, Site, Slot
-from rora_serve.side_process import NICENESS
+from rora_serve.side_process import LOADING_NICENESS
 
 logger = logging.getLogger(__name__)
 
 # Where the worker listens; set by rora_serve.launch for all of vLLM's processes.
 SOCKET_VARIABLE = "RORA_SERVE_SOCKET"
 _WORKER_SECONDS = 120  # without a sign of life; it answers in milliseconds
+_REST_SECONDS = 0.5  # at most: who the adapter came in for may be gone, or wait for others
 _LOWEST_PRIORITY = 19
 _KEPT_BYTES = 64 * 1024**2  # of a draft, or for the next slot; new pages cost more than old ones
 
@@ -55,18 +58,29 @@ class SlotHolder(Protocol):
     @property
     def site(self) -> Callable[[str], Site | None]: ...  # noqa: D102
 
-    def publish(self, lora_int_id: int, slot: Slot) -> None: ...  # noqa: D102
+    def publish(self, lora_int_id: int, slot: Slot) -> threading.Event: ...  # noqa: D102
 
 
 def receive_slots(path: Path, holder: SlotHolder) -> None:
     """Receive slots for `holder` in a thread of its own, as long as the process runs."""
     spare = _Spare()
+    turn = threading.Lock()
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICENESS)
             try:
-                _receive(self.request, self.rfile, self.wfile, holder, spare)
+                slot_file = _receive_file(self.request)
+                if slot_file is None:
+                    return
+                with slot_file, turn:
+                    first_step = _receive(slot_file, self.rfile, self.wfile, holder, spare)
+                    if first_step is None:
+                        return  # the adapter was refused
+                    first_step.wait(_REST_SECONDS)
+                # For a load that may never come; this one is over.
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+                spare.renew()
             except (OSError, ValueError) as error:  # the loader is gone; the server starts another
                 logger.warning("a slot was not handed over: %s", error)
 
@@ -84,45 +98,42 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
     threading.Thread(target=serve, name="receive-slots", daemon=True).start()
 
 
-def _receive(
-    connection: socket.socket, rfile: Any, wfile: Any, holder: SlotHolder, spare: "_Spare"
-) -> None:
+def _receive_file(connection: socket.socket) -> io.FileIO | None:
+    """Return the file that slots are laid out in; None if the loader went away."""
     data, files, _, _ = socket.recv_fds(connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
     if not data:
-        return
+        return None
     if not files:
         raise OSError("no file came with it; more files may be open than the system allows")
-    (file,) = files
-    try:
-        names: list[str] = json.loads(rfile.readline())["modules"]
-        answer = {
-            "sites": [holder.site(name) for name in names],
-            "num_layers": holder.num_layers,
-            "num_parts": holder.num_parts,
-        }
-        _write(wfile, answer)
-        line = rfile.readline()
-        if not line:
-            return  # the adapter was refused
-        header = json.loads(line)
-        memory = copied(file, spare.take(header["num_bytes"]))
-    finally:
-        os.close(file)
+    return io.FileIO(files[0])
+
+
+def _receive(
+    file: io.FileIO, rfile: Any, wfile: Any, holder: SlotHolder, spare: "_Spare"
+) -> threading.Event | None:
+    """Receive one slot. Returns: what tells when its first step is over; None: none came."""
+    _write(wfile, {"num_layers": holder.num_layers, "num_parts": holder.num_parts})
+    wanted = _read(rfile)
+    if wanted is None:
+        return None
+    _write(wfile, {"sites": [holder.site(name) for name in wanted["modules"]]})
+    header = _read(rfile)
+    if header is None:
+        return None
+    memory = copied(file.fileno(), spare.take(header["num_bytes"]))
     slot = Slot(
         memory,
         element=Element[header["element"]],
         num_layers=holder.num_layers,
         num_parts=holder.num_parts,
     )
-    holder.publish(header["lora_int_id"], slot)
+    first_step = holder.publish(header["lora_int_id"], slot)
     _write(wfile, {"published": True})
-    # For a load that may never come; this one is over.
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
-    spare.renew()
+    return first_step
 
 
 class _Spare:
-    """Memory for the next slot, which the system has found already.
+    """Memory for the next slot, which the system looks for before it is needed.
 
     Virtual machines get pages that they never used, or gave back, from their host: 60 to 90 ms for
     20 MB were measured, which copying them takes 3 ms for.
@@ -133,6 +144,7 @@ class _Spare:
         self._sizes: deque[int] = deque(maxlen=8)
 
     def take(self, num_bytes: int) -> memoryview:
+        """Return memory for a slot, of which as much is found as was by now."""
         pages, self._pages = self._pages, None
         self._sizes.append(num_bytes)
         if pages is None or pages.num_bytes < num_bytes:
@@ -141,9 +153,10 @@ class _Spare:
 
     def renew(self) -> None:
         """Get ready for another slot as large as the last ones, unless they are very large."""
-        pages = Pages(min(max(self._sizes), _KEPT_BYTES))
-        pages.touch()
-        self._pages = pages
+        pages = self._pages = Pages(min(max(self._sizes), _KEPT_BYTES))
+        for _ in pages.find():
+            if self._pages is not pages:
+                return  # a slot got them
 
 
 def copied(file: int, memory: memoryview) -> memoryview:
@@ -200,29 +213,28 @@ def hand_over(
         EngineSeamError: the worker does not answer.
     Cost: reads the adapter once.
     """
-    artifact = open_artifact(folder)
-    names = list(artifact.modules)
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_WORKER_SECONDS)
             connection.connect(str(path))
             socket.send_fds(connection, [b"f"], [draft.file])
             with connection.makefile("rwb") as stream:
+                model = _answer(stream)
+                artifact = open_artifact(folder)
+                names = list(artifact.modules)
                 _write(stream, {"modules": names})
-                answer = json.loads(stream.readline())
-                sites = [None if site is None else Site(*site) for site in answer["sites"]]
+                sites = _answer(stream)["sites"]
                 memory, element = lay_out(
                     artifact,
-                    dict(zip(names, sites, strict=True)),
+                    {n: s and Site(*s) for n, s in zip(names, sites, strict=True)},
                     weights_digest=weights_digest,
-                    num_layers=answer["num_layers"],
-                    num_parts=answer["num_parts"],
+                    num_layers=model["num_layers"],
+                    num_parts=model["num_parts"],
                     make_memory=draft.room,
                 )
                 header = {"num_bytes": len(memory), "element": element.name}
                 _write(stream, {"lora_int_id": lora_int_id, **header})
-                if not stream.readline():
-                    raise ConnectionError("the connection ended")
+                _answer(stream)
                 return len(memory)
     except (OSError, json.JSONDecodeError) as error:
         raise EngineSeamError(
@@ -230,6 +242,18 @@ def hand_over(
         ) from error
     finally:
         draft.tidy()
+
+
+def _answer(stream: Any) -> dict[str, Any]:
+    answer = _read(stream)
+    if answer is None:
+        raise ConnectionError("the connection ended")
+    return answer
+
+
+def _read(stream: Any) -> dict[str, Any] | None:
+    line = stream.readline()
+    return json.loads(line) if line else None
 
 
 def _write(stream: Any, message: dict[str, Any]) -> None:

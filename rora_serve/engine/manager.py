@@ -6,6 +6,7 @@ host tier says so; the engine's loop reads no file.
 """
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,6 +19,7 @@ from vllm.lora.request import LoRARequest
 
 from adapters.errors import EngineSeamError
 from rora_serve.engine.compat import base_layers, vllm_module_name
+from rora_serve.engine.first_steps import FirstSteps
 from rora_serve.engine.hooks import AddDeltas, LayerHooks
 from rora_serve.engine.loading import read_slot
 from rora_serve.engine.ragged_batch import Groups, RaggedBatch
@@ -47,6 +49,7 @@ class RaggedLoraManager:
         self._model = model
         self._slots: dict[int, Slot] = {}
         self._warming_up: set[int] = set()
+        self._first_steps = FirstSteps()
         loop = Loop(_ELEMENTS[dtype], Threads(torch.get_num_threads()))
         layers = base_layers(model)
         self._sites = {
@@ -78,12 +81,19 @@ class RaggedLoraManager:
         """Layers of the base model that adapters can change."""
         return len(self._layers)
 
-    def publish(self, lora_int_id: int, slot: Slot) -> None:
+    def publish(self, lora_int_id: int, slot: Slot) -> threading.Event:
         """Let the next step use an adapter; from any thread.
 
         No step reads a slot that was not there when it began, so that nothing has to wait.
+        Returns: what is set when its first step is over, see `FirstSteps.expect`.
         """
+        first_step = self._first_steps.expect(lora_int_id)
         self._slots[lora_int_id] = slot
+        return first_step
+
+    def end_step(self) -> None:
+        """Note that a step is over."""
+        self._first_steps.end()
 
     def _find_site(self, module: str) -> Site | None:
         return self._sites.get(vllm_module_name(module, self._model))
@@ -128,6 +138,7 @@ class RaggedLoraManager:
         Args: mapping: vLLM's LoRAMapping; its index_mapping is the adapter of each row, its
             prompt_mapping that of each row of logits.
         """
+        self._first_steps.begin({request.lora_int_id for request in requests})
         for request in requests:
             key = request.lora_int_id
             if key not in self._slots and key not in self._warming_up:

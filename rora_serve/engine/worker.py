@@ -37,6 +37,14 @@ class RaggedCpuWorker(CPUWorker):
 
         replace_lora_manager(self.model_runner, make_manager)
 
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Make the second half of a step, and note that it is over."""
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            if self._ragged is not None:
+                self._ragged.end_step()
+
     def rora_status(self) -> dict[str, Any]:
         """Answer the start-up handshake: is our manager the one in use, on how many layers."""
         in_use: Any = self.model_runner.lora_manager

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from adapters import AdapterConfig, AdapterStore, ResolvedVersion, open_artifact
 from adapters.digest import weights_digest
 from adapters.errors import AdapterMismatchError, ArtifactError, EngineSeamError, StoreError
 from adapters.tensors import Array
+from rora_serve.engine import handover
 from rora_serve.engine.handover import Draft, copied, hand_over, receive_slots
 from rora_serve.engine.loading import lay_out, read_slot
 from rora_serve.engine.slots import Element, Pages, Site, Slot, new_memory
@@ -40,13 +42,16 @@ class Holder:
 
     def __init__(self) -> None:
         self.slots: dict[int, Slot] = {}
+        self.first_step = threading.Event()
+        self.first_step.set()
 
     @property
     def site(self) -> Callable[[str], Site | None]:
         return SITES.get
 
-    def publish(self, lora_int_id: int, slot: Slot) -> None:
+    def publish(self, lora_int_id: int, slot: Slot) -> threading.Event:
         self.slots[lora_int_id] = slot
+        return self.first_step
 
 
 def make(folder: Path, factors: dict[str, tuple[int, int, int]], dtype: object = "f4") -> Path:
@@ -217,7 +222,8 @@ def test_memory_for_slots_is_not_rounded_up_to_large_pages(num_bytes: int) -> No
 def test_memory_that_was_found_before_gives_back_what_a_slot_does_not_need() -> None:
     before = psutil.Process().memory_info().rss
     pages = Pages(21 * 1024**2)
-    pages.touch()
+    for _ in pages.find():
+        pass
     assert psutil.Process().memory_info().rss - before > 20 * 1024**2
     numbers = np.frombuffer(pages.hold(5 * 1024**2 + 1), np.uint8)
     assert psutil.Process().memory_info().rss - before < 6 * 1024**2
@@ -258,6 +264,34 @@ def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
     assert list(holder.slots) == [7]
     with pytest.raises(EngineSeamError, match="takes no adapters"):
         hand_over(tmp_path / "nobody", 8, folder, digest, draft=draft)
+
+
+def test_a_load_begins_when_the_first_step_of_the_last_ones_adapter_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_REST_SECONDS", 60.0)
+    holder = Holder()
+    holder.first_step.clear()
+    receive_slots(tmp_path / "socket", holder)
+    folder = make(tmp_path / "a", {"m.q": (3, 6, 8)})
+    digest = weights_digest(open_artifact(folder))
+
+    def load(lora_int_id: int) -> None:
+        hand_over(tmp_path / "socket", lora_int_id, folder, digest, draft=Draft())
+
+    load(1)
+    second = threading.Thread(target=load, args=(2,), daemon=True)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive(), "it waits"
+    assert list(holder.slots) == [1]
+    holder.first_step.set()
+    second.join(20)
+    assert list(holder.slots) == [1, 2]
+    monkeypatch.setattr(handover, "_REST_SECONDS", 0.0)
+    holder.first_step.clear()
+    load(3)
+    load(4)  # nobody asked for 3, and that keeps nobody waiting for long
 
 
 @pytest.fixture

@@ -1,0 +1,51 @@
+"""FirstSteps: when the step is over that an adapter came in for, and the next one may be loaded.
+
+That step reads a prompt, so that it is among the longest, and every running request waits for it.
+Where all cores compute, loading another adapter meanwhile would make it longer still; in the steps
+between, which mostly hold a token a request, it takes a tenth of them.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Set as AbstractSet
+
+_IDLE_SECONDS = 0.1  # after a step: then there is nobody to go easy on
+
+
+class FirstSteps:
+    """Tells when adapters have been through their first step.
+
+    `expect` may come from any thread, the others from the one that makes steps.
+    """
+
+    def __init__(self) -> None:
+        self._awaited: tuple[int, threading.Event] | None = None
+        self._of_this_step: threading.Event | None = None
+        self._is_stepping = False
+        self._ended_at = -math.inf
+
+    def expect(self, lora_int_id: int) -> threading.Event:
+        """Return what is set when an adapter's first step is over; set already while none is made.
+
+        It stays unset if nobody asks for the adapter after all, or another one is expected before.
+        """
+        is_over = threading.Event()
+        if not self._is_stepping and time.monotonic() - self._ended_at > _IDLE_SECONDS:
+            is_over.set()
+        self._awaited = (lora_int_id, is_over)
+        return is_over
+
+    def begin(self, lora_int_ids: AbstractSet[int]) -> None:
+        """Begin a step of these adapters."""
+        self._is_stepping = True
+        if self._awaited is not None and self._awaited[0] in lora_int_ids:
+            self._of_this_step, self._awaited = self._awaited[1], None
+
+    def end(self) -> None:
+        """End it."""
+        self._is_stepping = False
+        self._ended_at = time.monotonic()
+        if self._of_this_step is not None:
+            self._of_this_step.set()
+            self._of_this_step = None
