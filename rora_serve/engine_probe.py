@@ -1,7 +1,7 @@
 """What vLLM's engine answers next to a prompt, for rora_serve.probing."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, cast
 
@@ -29,10 +29,18 @@ if TYPE_CHECKING:
 _NUM_LIKELIEST = 20
 
 
-def make_prober(engine: "EngineClient", store: AdapterStore, *, fingerprint: str) -> Prober:
+def make_prober(
+    engine: "EngineClient",
+    store: AdapterStore,
+    *,
+    fingerprint: str,
+    quarantined: Callable[[str], None] = lambda _: None,
+) -> Prober:
     """Return what checks probes in a running engine.
 
-    Args: fingerprint: of the base model that it runs.
+    Args:
+        fingerprint: of the base model that it runs.
+        quarantined: as in Prober.
     """
     config = engine.vllm_config
     return Prober(
@@ -41,6 +49,7 @@ def make_prober(engine: "EngineClient", store: AdapterStore, *, fingerprint: str
         build=_build(config, fingerprint),
         form=_form(config),
         max_prompt_tokens=config.model_config.max_model_len - 1,  # the answer is one more
+        quarantined=quarantined,
     )
 
 

@@ -64,8 +64,7 @@ class HostTier:
         capacity: bytes.
         drop: takes adapters out of the engine, given their keys.
         gone: told of an adapter that did not come in.
-
-    num_evicted: how many made room for others so far.
+        evicted: told of one that has to make room for others.
     """
 
     def __init__(
@@ -73,11 +72,12 @@ class HostTier:
         capacity: int,
         drop: Callable[[list[str]], Awaitable[None]],
         gone: Callable[[str], Awaitable[None]],
+        evicted: Callable[[str], None],
     ) -> None:
         self.capacity = capacity
-        self.num_evicted = 0
         self._drop = drop
         self._gone = gone
+        self._evicted = evicted
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         # What is being taken out: it is loaded again only after that.
         self._leaving: dict[str, asyncio.Task[None]] = {}
@@ -96,6 +96,13 @@ class HostTier:
     def num_held(self) -> int:
         """Adapters in the engine or on their way."""
         return len(self._residents)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each adapter that is in the engine; from any thread."""
+        # Copied in one go, which no other thread comes between.
+        return {
+            key: held.num_bytes for key, held in list(self._residents.items()) if held.has_arrived
+        }
 
     def holds(self, key: str) -> bool:
         """Tell whether an adapter is in the engine or on its way."""
@@ -270,7 +277,8 @@ class HostTier:
                 self._check_fits(num_bytes)  # others may have been pinned while it waited
                 leaving = self._least_recent(num_bytes, lambda resident: resident.may_go)
                 if leaving:
-                    self.num_evicted += len(leaving)
+                    for key in leaving:
+                        self._evicted(key)
                     await self._take_out(leaving)
                     continue
                 is_patient = loop.time() < patient_until

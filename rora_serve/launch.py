@@ -339,7 +339,23 @@ def _open_door(
 
     config, base = parts.config, parts.base
     adapters = _Adapters(engine, loader)
-    prober = make_prober(engine, parts.store, fingerprint=base.fingerprint)
+
+    def read_levels() -> Levels:  # once all of it is there
+        return Levels(
+            host_bytes=directory.bytes_by_name(),
+            host_capacity_bytes=directory.tier.capacity,
+            adapters_held=directory.tier.num_held,
+            requests_waiting=admission.num_waiting,
+            requests_in_flight=admission.in_flight,
+        )
+
+    metrics = Metrics(base.names[0], read_levels)
+    prober = make_prober(
+        engine,
+        parts.store,
+        fingerprint=base.fingerprint,
+        quarantined=metrics.count_quarantine,
+    )
     directory = ModelDirectory(
         base,
         parts.store,
@@ -347,22 +363,9 @@ def _open_door(
         capacity=parts.capacity,
         prober=prober,
         templates=templates,
+        evicted=metrics.count_eviction,
     )
     admission = Admission(config.max_num_seqs, queue_per_tenant=config.queue_per_tenant)
-    tier = directory.tier
-
-    def read_levels() -> Levels:
-        return Levels(
-            host_bytes=tier.num_bytes,
-            host_capacity_bytes=tier.capacity,
-            adapters_held=tier.num_held,
-            evictions=tier.num_evicted,
-            quarantines=prober.num_quarantined,
-            requests_waiting=admission.num_waiting,
-            requests_in_flight=admission.in_flight,
-        )
-
-    metrics = Metrics(base.names[0], read_levels)
     REGISTRY.register(metrics)  # whose content vLLM's /metrics is
     residents = Residents(directory)
     preloader = Preloader(directory, residents, parts.preload)

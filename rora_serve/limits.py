@@ -38,19 +38,8 @@ class Limiter:
         """Take one request and one place, until `done`.
 
         Args: now: seconds, of a clock that never goes back.
-        Raises: LimitExceededError: as `check`; nothing was taken, so that coming too early makes no
-            one wait longer.
-        """
-        self.check(tenant, now)
-        use, limit = self._uses[tenant.name], tenant.limits.requests_per_minute
-        if limit is not None:
-            use.requests.take(1, limit, now)
-        use.running += 1
-
-    def check(self, tenant: Tenant, now: float) -> None:
-        """Refuse a request that would not be let in, before anything is done for it.
-
-        Raises: LimitExceededError: a limit is reached, the one that lasts longest is named.
+        Raises: LimitExceededError: a limit is reached, the one that lasts longest is named; nothing
+            was taken, so that coming too early makes no one wait longer.
         """
         use = self._uses.setdefault(tenant.name, _Use())
         limits = tenant.limits
@@ -73,6 +62,9 @@ class Limiter:
             )
             error.retry_after_seconds = seconds
             raise error
+        if limits.requests_per_minute is not None:
+            use.requests.take(1, limits.requests_per_minute, now)
+        use.running += 1
 
     def spend_tokens(self, tenant: Tenant, count: int, now: float) -> None:
         """Take tokens that were read or written, after the fact: as many as they are."""

@@ -13,8 +13,8 @@ So that rates and their sums stay true while names come and go:
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import get_args
 
@@ -48,10 +48,13 @@ _HISTOGRAMS = {
     "time_to_first_token_seconds": "From arrival to first token, queue and load included.",
     "time_per_output_token_seconds": "Mean time between the tokens of one choice.",
     "queue_seconds": "From arrival to admission.",
+    "load_seconds": "To bring an adapter from the store into memory.",
 }
-_LOAD = {"load_seconds": "To bring an adapter from the store into memory."}
+_EVENTS = {
+    "evictions": "Adapters that made room for others.",
+    "quarantines": "Versions that failed their probe.",
+}
 _LEVELS = {
-    "host_bytes": "Memory that adapters take.",
     "host_capacity_bytes": "Memory that adapters may take.",
     "adapters_held": "Adapters in memory.",
     "requests_waiting": "Requests that are not admitted yet.",
@@ -64,18 +67,15 @@ class Levels:
     """How things stand at the moment.
 
     Args:
-        host_bytes, host_capacity_bytes: that adapters take in memory, and may take.
+        host_bytes: that adapters take in memory, by name.
+        host_capacity_bytes: that they may take.
         adapters_held: in memory.
-        evictions: adapters that made room for others so far.
-        quarantines: versions that failed their probe so far.
         requests_waiting, requests_in_flight: before and after admission.
     """
 
-    host_bytes: int
+    host_bytes: Mapping[str, int]
     host_capacity_bytes: int
     adapters_held: int
-    evictions: int
-    quarantines: int
     requests_waiting: int
     requests_in_flight: int
 
@@ -105,25 +105,29 @@ class Metrics:
             if record.refusal is not None:
                 self._refusals[record.refusal] += 1
 
+    def count_eviction(self, adapter: str) -> None:
+        """Count an adapter that makes room for others."""
+        with self._lock:
+            self._adapters.of(adapter).evictions += 1
+
+    def count_quarantine(self, adapter: str) -> None:
+        """Count a version that failed its probe."""
+        with self._lock:
+            self._adapters.use(adapter)  # its first request is what asks the probe
+            self._adapters.of(adapter).quarantines += 1
+
     def collect(self) -> Iterator[Metric]:
         """Return all families; what a registry calls."""
-        levels = asdict(self._read_levels())
+        levels = self._read_levels()
         with self._lock:
             adapters, tenants = self._adapters.page(), self._tenants.page()
             refusals = self._refusals.copy()
-        yield from _families(adapters, "rora_", "adapter", _HISTOGRAMS | _LOAD)
-        yield _keyed(
-            "rora_tier_hits",
-            "Requests by where their adapter was found.",
-            ["adapter", "tier"],
-            ((name, tier, n) for name, c in adapters.items() for tier, n in c.tiers.items()),
-        )
-        yield from _families(tenants, "rora_tenant_", "tenant", _HISTOGRAMS)
+        yield from _families(adapters, "rora_", "adapter", _COUNTERS | _EVENTS)
+        yield from _families(tenants, "rora_tenant_", "tenant", _COUNTERS)
         yield _keyed("rora_refusals", "Requests refused.", ["reason"], refusals.items())
-        yield CounterMetricFamily("rora_evictions", "Adapters that made room.", levels["evictions"])
-        yield CounterMetricFamily("rora_quarantines", "Versions set aside.", levels["quarantines"])
+        yield _host_bytes(levels.host_bytes, adapters)
         for name, text in _LEVELS.items():
-            yield GaugeMetricFamily(f"rora_{name}", text, levels[name])
+            yield GaugeMetricFamily(f"rora_{name}", text, getattr(levels, name))
 
 
 class _Histogram:
@@ -150,7 +154,7 @@ class _Histogram:
 
 
 class _Counts:
-    """What the requests of one adapter or tenant came to."""
+    """What the requests of one adapter or tenant came to, and what became of the adapter."""
 
     def __init__(self) -> None:
         # The commonest status and all tiers begin at zero: the first request is a rise.
@@ -159,6 +163,8 @@ class _Counts:
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
         self.generated_tokens = 0
+        self.evictions = 0
+        self.quarantines = 0
         self.time_to_first_token_seconds = _Histogram(_WAITS)
         self.time_per_output_token_seconds = _Histogram(_TOKENS)
         self.queue_seconds = _Histogram(_WAITS)
@@ -200,13 +206,22 @@ class _Breakdown:
         self._counts: _Page = {name: _Counts() for name in (*fixed, OTHER, NONE)}
 
     def add(self, name: str | None, record: RequestRecord) -> None:
-        label = NONE if name is None else name
-        if name is not None and name not in self._fixed:
+        if name is not None:
+            self.use(name)
+        self.of(name).add(record)
+
+    def use(self, name: str) -> None:
+        """Count one use, which may give a name series of its own."""
+        if name not in self._fixed:
             self._top.use(name)
-            label = name if name in self._top else OTHER
+
+    def of(self, name: str | None) -> _Counts:
+        """Return what is counted under a name, or with the rest."""
+        is_shown = name in self._fixed or name in self._top
+        label = NONE if name is None else name if is_shown else OTHER
         if label not in self._counts:
             self._counts[label] = _Counts()
-        self._counts[label].add(record)
+        return self._counts[label]
 
     def page(self) -> _Page:
         """Return all counts as they are; names change places behind it."""
@@ -218,22 +233,39 @@ class _Breakdown:
         return page
 
 
-def _families(page: _Page, prefix: str, label: str, histograms: dict[str, str]) -> Iterator[Metric]:
-    """Return what is counted both by adapter and by tenant."""
+def _families(page: _Page, prefix: str, label: str, counters: dict[str, str]) -> Iterator[Metric]:
+    """Return what is counted by adapter or by tenant."""
     yield _keyed(
         f"{prefix}requests",
         "Requests that ended, by HTTP status; 499: hung up before it was answered.",
         [label, "status"],
         ((name, str(status), n) for name, c in page.items() for status, n in c.requests.items()),
     )
-    for metric, text in _COUNTERS.items():
+    yield _keyed(
+        f"{prefix}tier_hits",
+        "Requests by where their adapter was found.",
+        [label, "tier"],
+        ((name, tier, n) for name, c in page.items() for tier, n in c.tiers.items()),
+    )
+    for metric, text in counters.items():
         numbers = ((name, getattr(counts, metric)) for name, counts in page.items())
         yield _keyed(f"{prefix}{metric}", text, [label], numbers)
-    for metric, text in histograms.items():
+    for metric, text in _HISTOGRAMS.items():
         family = HistogramMetricFamily(f"{prefix}{metric}", text, labels=[label])
         for name, counts in page.items():
             getattr(counts, metric).add_to(family, name)
         yield family
+
+
+def _host_bytes(bytes_by_name: Mapping[str, int], page: _Page) -> Metric:
+    """Return the memory of the page's adapters that have some, and of the rest."""
+    shown: Counter[str] = Counter({OTHER: 0})
+    for name, num_bytes in bytes_by_name.items():
+        shown[name if name in page and name != NONE else OTHER] += num_bytes
+    family = GaugeMetricFamily("rora_host_bytes", "Memory that adapters take.", labels=["adapter"])
+    for name, num_bytes in shown.items():
+        family.add_metric([name], num_bytes)
+    return family
 
 
 def _keyed(

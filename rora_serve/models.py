@@ -7,7 +7,7 @@ requests. Knows neither HTTP nor vLLM's classes, so that all of it can be tested
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,6 +150,7 @@ class ModelDirectory:
         capacity: bytes that adapters may take in the engine.
         prober: that each version's probe is checked by; without one, none is.
         templates: that writes chats by adapters' own templates.
+        evicted: told the name of an adapter that has to make room for others.
 
     tier: what the engine holds.
     """
@@ -163,6 +164,7 @@ class ModelDirectory:
         capacity: int,
         prober: Prober | None = None,
         templates: TemplateProcess | None = None,
+        evicted: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.base_names = base.names
         self.store = store
@@ -170,7 +172,8 @@ class ModelDirectory:
         self._base = base
         self._engine = engine
         self._prober = prober
-        self.tier = HostTier(capacity, self._drop, self._dismiss_unused)
+        self._evicted = evicted
+        self.tier = HostTier(capacity, self._drop, self._dismiss_unused, self._note_evicted)
         self._ids: dict[str, int] = {}
         # Versions that were checked, by digest, which go with their weights.
         self._admitted: dict[str, _Admitted] = {}
@@ -260,6 +263,26 @@ class ModelDirectory:
         """Return the leases on versions whose weights are in memory, under whatever name."""
         leases = [admitted.lease for admitted in self._admitted.values()]
         return [lease for lease in leases if lease is not None]
+
+    def bytes_by_name(self) -> Counter[str]:
+        """Return what adapters take in memory; from any thread.
+
+        Weights of several names count once, for one that was asked for.
+        """
+        names = self._names_by_weights()
+        found: Counter[str] = Counter()
+        for weights, num_bytes in self.tier.sizes().items():
+            if weights in names:  # else it is on its way out
+                found[names[weights]] += num_bytes
+        return found
+
+    def _names_by_weights(self) -> dict[str, str]:
+        # Copied in one go, which no other thread comes between.
+        admitted = list(self._admitted.values())
+        return {each.resolved.version.weights_digest: each.resolved.name for each in admitted}
+
+    def _note_evicted(self, weights: str) -> None:
+        self._evicted(self._names_by_weights()[weights])
 
     async def _refuse_quarantined(self, resolved: ResolvedVersion) -> None:
         """Refuse a version that is known to be quarantined, before anything is loaded for it."""

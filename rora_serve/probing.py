@@ -47,8 +47,7 @@ class Prober:
         build: all that decides what the engine computes, in words.
         form: of the base model in the engine.
         max_prompt_tokens: that the engine takes; longer prompts of a probe are left out.
-
-    num_quarantined: versions that failed so far.
+        quarantined: told the name of an adapter of which a version failed.
     """
 
     def __init__(
@@ -59,9 +58,10 @@ class Prober:
         build: str,
         form: Form,
         max_prompt_tokens: int,
+        quarantined: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.build = build
-        self.num_quarantined = 0
+        self._quarantined = quarantined
         self._store = store
         self._next_log_probs = next_log_probs
         self._form = form
@@ -136,7 +136,7 @@ class Prober:
 
     async def _keep(self, resolved: ResolvedVersion, verdict: ProbeVerdict) -> None:
         if not verdict.passed:
-            self.num_quarantined += 1
+            self._quarantined(resolved.name)
             logger.warning("%s: quarantined: %s", resolved.public_id, verdict.reason)
         try:
             await asyncio.to_thread(self._store.keep_verdict, resolved, self.build, verdict)

@@ -201,7 +201,7 @@ class FrontDoor:
         """Serve a request that asks more of the server than to tell what it knows."""
         exchange.instead_of_fault = partial(_answer_of_the_dead, reception.lifetime)
         if kind is Kind.MODEL:
-            await self._serve_model(scope, exchange, reception, tenant, record)
+            await _Visit(self._app, scope, exchange, reception, tenant, record).serve()
             return
         if kind is Kind.UPLOAD:  # whose bytes are counted while they are written to disk
             reception.limiter.admit(tenant, time.monotonic())
@@ -214,56 +214,6 @@ class FrontDoor:
         if body is not None:
             exchange.replay(body)
             await self._app(scope, exchange.receive, exchange.send)
-
-    async def _serve_model(
-        self,
-        scope: Scope,
-        exchange: Exchange,
-        reception: Reception,
-        tenant: Tenant,
-        record: RequestRecord,
-    ) -> None:
-        limiter = reception.limiter
-        # Before its body takes memory, and the loop's time to be read.
-        limiter.admit(tenant, time.monotonic())
-        try:
-            await self._serve_admitted(scope, exchange, reception, tenant, record)
-        except (_RefusedError, StoppingError, EngineDiedError, OverloadedError) as error:
-            refusal = error if isinstance(error, _RefusedError) else _refusal(error)
-            if refusal.is_given_back:
-                limiter.give_back(tenant, time.monotonic())
-            await exchange.respond(refusal.response, refusal.headers)
-        finally:
-            limiter.spend_tokens(tenant, record.charged_tokens, time.monotonic())
-            limiter.done(tenant)
-
-    async def _serve_admitted(
-        self,
-        scope: Scope,
-        exchange: Exchange,
-        reception: Reception,
-        tenant: Tenant,
-        record: RequestRecord,
-    ) -> None:
-        body = await _read_body(exchange, reception, tenant)
-        if body is None:
-            return
-        try:
-            request = read_model_request(
-                body, record.path, tenant, max_model_len=reception.max_model_len
-            )
-        except ValueError as error:
-            raise _RefusedError(bad_request(None, str(error))) from error
-        exchange.replay(request.body)
-        record.model = request.model
-        visit = _Visit(reception, tenant, record, exchange)
-        async with AsyncExitStack() as stack:
-            adapter = await reception.lifetime.while_alive(visit.enter(stack, request, scope))
-            token = current_adapter.set(adapter)
-            try:
-                await self._app(scope, exchange.receive, exchange.send)
-            finally:
-                current_adapter.reset(token)
 
 
 class _RefusedError(Exception):
@@ -291,19 +241,65 @@ def _refusal(error: RoraError, model: str = "") -> _RefusedError:
 
 
 class _Visit:
-    """A request on its way in, and what it has to give back."""
+    """A request for a model, and what it has to give back."""
 
     def __init__(
-        self, reception: Reception, tenant: Tenant, record: RequestRecord, exchange: Exchange
+        self,
+        app: App,
+        scope: Scope,
+        exchange: Exchange,
+        reception: Reception,
+        tenant: Tenant,
+        record: RequestRecord,
     ) -> None:
+        self._app = app
+        self._scope = scope
+        self._exchange = exchange
         self._reception = reception
         self._tenant = tenant
         self._record = record
-        self._exchange = exchange
 
-    async def enter(
-        self, stack: AsyncExitStack, request: ModelRequest, scope: Scope
-    ) -> ServedAdapter | None:
+    async def serve(self) -> None:
+        """Answer it.
+
+        Raises: LimitExceededError: its tenant asks for too much; and whatever the app raises.
+        """
+        limiter, tenant = self._reception.limiter, self._tenant
+        # Before its body takes memory, and the loop's time to be read.
+        limiter.admit(tenant, time.monotonic())
+        try:
+            await self._serve_admitted()
+        except (_RefusedError, StoppingError, EngineDiedError, OverloadedError) as error:
+            refusal = error if isinstance(error, _RefusedError) else _refusal(error)
+            if refusal.is_given_back:
+                limiter.give_back(tenant, time.monotonic())
+            await self._exchange.respond(refusal.response, refusal.headers)
+        finally:
+            limiter.spend_tokens(tenant, self._record.charged_tokens, time.monotonic())
+            limiter.done(tenant)
+
+    async def _serve_admitted(self) -> None:
+        exchange, reception, record = self._exchange, self._reception, self._record
+        body = await _read_body(exchange, reception, self._tenant)
+        if body is None:
+            return
+        try:
+            request = read_model_request(
+                body, record.path, self._tenant, max_model_len=reception.max_model_len
+            )
+        except ValueError as error:
+            raise _RefusedError(bad_request(None, str(error))) from error
+        exchange.replay(request.body)
+        record.model = request.model
+        async with AsyncExitStack() as stack:
+            adapter = await reception.lifetime.while_alive(self._let_in(stack, request))
+            token = current_adapter.set(adapter)
+            try:
+                await self._app(self._scope, exchange.receive, exchange.send)
+            finally:
+                current_adapter.reset(token)
+
+    async def _let_in(self, stack: AsyncExitStack, request: ModelRequest) -> ServedAdapter | None:
         """Return the request's adapter once it is let in; None is the base model.
 
         Args: stack: gives back, at its end, all that this takes.
@@ -311,7 +307,7 @@ class _Visit:
         """
         record, model = self._record, request.model
         try:
-            return await self._enter(stack, request, scope)
+            return await self._enter(stack, request)
         except (HungUpError, _RefusedError):
             raise
         except RoraError as error:
@@ -321,12 +317,10 @@ class _Visit:
             logger.exception("%s %s: opening %.100r", record.method, record.path, model)
             raise _RefusedError(internal_error()) from error
 
-    async def _enter(
-        self, stack: AsyncExitStack, request: ModelRequest, scope: Scope
-    ) -> ServedAdapter | None:
+    async def _enter(self, stack: AsyncExitStack, request: ModelRequest) -> ServedAdapter | None:
         directory, record, model = self._reception.directory, self._record, request.model
         try:
-            within = deadline_seconds(scope["headers"])
+            within = deadline_seconds(self._scope["headers"])
         except ValueError as error:
             raise _RefusedError(bad_request(None, str(error))) from error
         deadline = None if within is None else record.arrived_at + within

@@ -173,7 +173,7 @@ def make_reception(
 
     def read_levels() -> Levels:
         tier = directory.tier
-        return Levels(tier.num_bytes, tier.capacity, tier.num_held, tier.num_evicted, 0, 0, 0)
+        return Levels(directory.bytes_by_name(), tier.capacity, tier.num_held, 0, 0)
 
     metrics = Metrics(directory.base_names[0], read_levels)
     return Reception(

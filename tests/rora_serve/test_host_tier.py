@@ -17,7 +17,8 @@ class Engine:
         self.held: dict[str, int] = {}
         self.num_loads = 0
         self.gone: list[str] = []
-        self.tier = HostTier(capacity, self.drop, self.note_gone)
+        self.evicted: list[str] = []
+        self.tier = HostTier(capacity, self.drop, self.note_gone, self.evicted.append)
 
     async def lease(self, key: str, num_bytes: int = 10) -> None:
         async def load() -> int:
@@ -51,6 +52,8 @@ def test_the_least_recently_used_goes_first() -> None:
         await engine.lease("e", 20)
         assert set(engine.held) == {"d", "e"}
         assert engine.tier.num_bytes == 30
+        assert engine.tier.sizes() == {"d": 10, "e": 20}
+        assert engine.evicted == ["b", "c", "a"]
 
     asyncio.run(run())
 

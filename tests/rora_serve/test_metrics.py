@@ -20,11 +20,9 @@ from rora_serve.request_log import Choice, RequestRecord
 
 BASE = "smollm2-135m-instruct"
 LEVELS = Levels(
-    host_bytes=10,
+    host_bytes={"a": 10, "unheard-of": 5, NONE: 1},
     host_capacity_bytes=100,
     adapters_held=1,
-    evictions=2,
-    quarantines=1,
     requests_waiting=2,
     requests_in_flight=3,
 )
@@ -89,9 +87,9 @@ def test_a_request_stands_on_the_page_with_all_that_it_was(metrics: Metrics) -> 
         assert value(page, f"{tpot}_bucket", le="0.1", **label) == 1
         assert value(page, f"{tpot}_bucket", le="0.075", **label) == 0
         assert value(page, f"{prefix}queue_seconds_sum", **label) == pytest.approx(0.02)
-    assert value(page, "rora_load_seconds_sum", adapter="a") == pytest.approx(0.3)
-    assert value(page, "rora_tier_hits_total", adapter="a", tier="store") == 1
-    assert value(page, "rora_tier_hits_total", adapter="a", tier="slot") == 0
+        assert value(page, f"{prefix}load_seconds_sum", **label) == pytest.approx(0.3)
+        assert value(page, f"{prefix}tier_hits_total", tier="store", **label) == 1
+        assert value(page, f"{prefix}tier_hits_total", tier="slot", **label) == 0
 
 
 def test_only_what_was_loaded_counts_as_a_load(metrics: Metrics) -> None:
@@ -108,16 +106,30 @@ def test_counts_of_the_whole_server_and_levels_stand_there(metrics: Metrics) -> 
         record.refusal = reason
         metrics.count_request(record)
     page = read(metrics)
-    assert value(page, "rora_evictions_total") == 2
-    assert value(page, "rora_quarantines_total") == 1
     assert value(page, "rora_refusals_total", reason="queue_full") == 2
     assert value(page, "rora_refusals_total", reason="deadline") == 1
     assert value(page, "rora_requests_total", adapter="a", status="429") == 3
-    assert value(page, "rora_host_bytes") == 10
+    assert value(page, "rora_host_bytes", adapter="a") == 10
+    assert value(page, "rora_host_bytes", adapter=OTHER) == 6
     assert value(page, "rora_host_capacity_bytes") == 100
     assert value(page, "rora_adapters_held") == 1
     assert value(page, "rora_requests_waiting") == 2
     assert value(page, "rora_requests_in_flight") == 3
+
+
+def test_what_becomes_of_an_adapter_counts_under_its_name_or_with_the_rest(
+    metrics: Metrics,
+) -> None:
+    metrics.count_request(ended("a"))
+    assert value(read(metrics), "rora_evictions_total", adapter="a") == 0
+    for name in ("a", "a", "unheard-of"):
+        metrics.count_eviction(name)
+    page = read(metrics)
+    assert value(page, "rora_evictions_total", adapter="a") == 2
+    assert value(page, "rora_evictions_total", adapter=OTHER) == 1
+    assert "unheard-of" not in names(page), "it is use that earns a name its series"
+    metrics.count_quarantine("new")
+    assert value(read(metrics), "rora_quarantines_total", adapter="new") == 1
 
 
 def test_the_base_a_missing_name_and_the_words_for_the_rest_have_labels_of_their_own(

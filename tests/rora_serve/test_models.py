@@ -280,11 +280,13 @@ def test_adapters_that_nobody_asks_for_make_room_for_others(
 ) -> None:
     """Their versions may be collected from then on."""
     num_bytes = store.resolve("a").version.num_bytes
-    directory = ModelDirectory(SERVED, store, engine, capacity=num_bytes)
+    evicted: list[str] = []
+    directory = ModelDirectory(SERVED, store, engine, capacity=num_bytes, evicted=evicted.append)
 
     async def ask() -> None:
         first = await directory.open("a")
         assert first is not None
+        assert directory.bytes_by_name() == {"a": num_bytes}
         waiting = asyncio.create_task(directory.open(other))
         await asyncio.sleep(0.05)
         assert not waiting.done()
@@ -298,6 +300,7 @@ def test_adapters_that_nobody_asks_for_make_room_for_others(
         assert engine.held == {again.lora_int_id} == {first.lora_int_id}
 
     asyncio.run(ask())
+    assert evicted == ["a", other]
     assert len(engine.loaded) == 3
     leases = [path.name for path in (store.root / "leases").iterdir()]
     assert [name.partition(".")[0] for name in leases] == [store.resolve("a").version.digest]

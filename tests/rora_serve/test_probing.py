@@ -131,8 +131,10 @@ def test_what_does_not_answer_as_trained_is_quarantined_until_that_is_lifted(
 ) -> None:
     engine.adapter = BASE
 
+    quarantined: list[str] = []
+
     async def ask() -> None:
-        checks = prober(store, engine)
+        checks = prober(store, engine, quarantined=quarantined.append)
         assert await checks.quarantine(store.resolve("a")) is None  # not known yet
         for _ in range(2):
             with pytest.raises(QuarantinedError, match="trained in float32, computed in float32"):
@@ -151,6 +153,7 @@ def test_what_does_not_answer_as_trained_is_quarantined_until_that_is_lifted(
     asyncio.run(ask())
     assert len(engine.asked) == 2 * len(PROMPTS)
     assert caplog.text.count("quarantined") == 1
+    assert quarantined == ["a"]
 
 
 def test_requests_that_come_at_once_wait_for_one_check(store: AdapterStore, engine: Engine) -> None:
