@@ -217,8 +217,9 @@ class _Breakdown:
 
     def of(self, name: str | None) -> _Counts:
         """Return what is counted under a name, or with the rest."""
-        is_shown = name in self._fixed or name in self._top
-        label = NONE if name is None else name if is_shown else OTHER
+        label = NONE
+        if name is not None:
+            label = name if name in self._fixed or name in self._top else OTHER
         if label not in self._counts:
             self._counts[label] = _Counts()
         return self._counts[label]
