@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 SOCKET_VARIABLE = "RORA_SERVE_SOCKET"
 _WORKER_SECONDS = 120  # without a sign of life; it answers in milliseconds
 _REST_SECONDS = 0.5  # at most: who the adapter came in for may be gone, or wait for others
-_LOWEST_PRIORITY = 19
 _KEPT_BYTES = 64 * 1024**2  # of a draft, or for the next slot; new pages cost more than old ones
 
 
@@ -68,7 +67,7 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICENESS)
+            _let_others_go_first()
             try:
                 slot_file = _receive_file(self.request)
                 if slot_file is None:
@@ -78,8 +77,6 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
                     if first_step is None:
                         return  # the adapter was refused
                     first_step.wait(_REST_SECONDS)
-                # For a load that may never come; this one is over.
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
                 spare.renew()
             except (OSError, ValueError) as error:  # the loader is gone; the server starts another
                 logger.warning("a slot was not handed over: %s", error)
@@ -96,6 +93,13 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
         server.serve_forever()
 
     threading.Thread(target=serve, name="receive-slots", daemon=True).start()
+
+
+def _let_others_go_first() -> None:
+    """Give this thread the niceness of the loader, unless the server has a greater one."""
+    thread = threading.get_native_id()
+    niceness = os.getpriority(os.PRIO_PROCESS, thread)
+    os.setpriority(os.PRIO_PROCESS, thread, max(niceness, LOADING_NICENESS))
 
 
 def _receive_file(connection: socket.socket) -> io.FileIO | None:

@@ -191,6 +191,7 @@ class RaggedLoraManager:
             yield
         finally:
             self._warming_up.clear()
+            self.end_step()  # the warm-up's, whose second half is none
 
     def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:  # noqa: ARG002
         """Take a warm-up adapter without weights: our layers need no warm-up."""

@@ -19,7 +19,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.executor.multiproc_executor import WorkerProc
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 from vllm.v1.sample import sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -32,6 +32,7 @@ from adapters.errors import EngineSeamError
 from rora_serve.engine import compat
 from rora_serve.engine.manager import RaggedLoraManager
 from rora_serve.engine.platform_plugin import SEAM_FLAG, platform_plugin
+from rora_serve.engine.worker import RaggedCpuWorker
 
 
 def test_the_installed_vllm_is_a_tested_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +61,16 @@ def test_our_manager_has_every_method_that_the_runner_calls() -> None:
         theirs = inspect.signature(getattr(LRUCacheWorkerLoRAManager, name))
         ours = inspect.signature(getattr(RaggedLoraManager, name))
         assert len(ours.parameters) == len(theirs.parameters), name
+
+
+def test_a_step_is_two_calls_to_the_worker_of_which_we_see_the_second() -> None:
+    step = inspect.getsource(EngineCore.step)
+    assert step.index(".execute_model(") < step.index(".sample_tokens(")
+    assert '"sample_tokens"' in inspect.getsource(MultiprocExecutor.sample_tokens)
+    theirs = inspect.signature(CPUWorker.sample_tokens)
+    assert inspect.signature(RaggedCpuWorker.sample_tokens).parameters.keys() == (
+        theirs.parameters.keys()
+    )
 
 
 def test_handlers_look_adapters_up_in_the_mapping_that_we_replace() -> None:

@@ -18,7 +18,7 @@ def test_a_first_step_is_over_when_the_step_that_has_the_adapter_ends(steps: Fir
     steps.end()
     steps.begin({1})
     steps.end()
-    assert not first.is_set(), "these steps were without it"
+    assert not first.is_set(), "this step was without it"
     steps.begin({1, 7})
     assert not first.is_set()
     steps.end()
@@ -35,6 +35,19 @@ def test_without_steps_nothing_is_waited_for(
     assert not steps.expect(9).is_set(), "one was made just now"
     monkeypatch.setattr(first_steps, "_IDLE_SECONDS", 0.0)
     assert steps.expect(10).is_set()
+
+
+def test_one_that_is_not_in_the_steps_that_follow_is_not_waited_for(steps: FirstSteps) -> None:
+    steps.begin({1})
+    first = steps.expect(7)  # as --preload and uploads have it
+    steps.end()
+    for _ in range(2):
+        assert not first.is_set()
+        steps.begin({1})
+        steps.end()
+    assert first.is_set()
+    steps.begin({7})
+    steps.end()
 
 
 def test_the_last_that_came_in_is_waited_for(steps: FirstSteps) -> None:

@@ -25,6 +25,7 @@ from rora_serve.engine.handover import Draft, copied, hand_over, receive_slots
 from rora_serve.engine.loading import lay_out, read_slot
 from rora_serve.engine.slots import Element, Pages, Site, Slot, new_memory
 from rora_serve.loader import Loader
+from rora_serve.side_process import LOADING_NICENESS
 
 SITES: dict[str, Site | None] = {
     "m.q": Site(0, 0, "linear", 6, 8),
@@ -219,6 +220,9 @@ def test_memory_for_slots_is_not_rounded_up_to_large_pages(num_bytes: int) -> No
     assert numbers.ctypes.data % (2 * 1024**2) == 0
 
 
+@pytest.mark.skipif(
+    tuple(map(int, os.uname().release.split(".")[:2])) < (5, 14), reason="found when it is used"
+)
 def test_memory_that_was_found_before_gives_back_what_a_slot_does_not_need() -> None:
     before = psutil.Process().memory_info().rss
     pages = Pages(21 * 1024**2)
@@ -288,10 +292,42 @@ def test_a_load_begins_when_the_first_step_of_the_last_ones_adapter_is_over(
     holder.first_step.set()
     second.join(20)
     assert list(holder.slots) == [1, 2]
-    monkeypatch.setattr(handover, "_REST_SECONDS", 0.0)
+
+
+def test_a_load_waits_for_a_first_step_that_never_comes_for_a_moment_only(tmp_path: Path) -> None:
+    holder = Holder()
     holder.first_step.clear()
-    load(3)
-    load(4)  # nobody asked for 3, and that keeps nobody waiting for long
+    receive_slots(tmp_path / "socket", holder)
+    folder = make(tmp_path / "a", {"m.q": (3, 6, 8)})
+    digest = weights_digest(open_artifact(folder))
+    for number in range(2):
+        hand_over(tmp_path / "socket", number, folder, digest, draft=Draft())
+    assert list(holder.slots) == [0, 1]
+
+
+@pytest.mark.parametrize(("server", "expected"), [(0, LOADING_NICENESS), (15, 15)])
+def test_slots_are_received_behind_what_computes_and_never_before_the_server(
+    tmp_path: Path, server: int, expected: int
+) -> None:
+    """Without a privilege nobody may be less nice than the server is."""
+    found: list[int] = []
+
+    class Noting(Holder):
+        def publish(self, lora_int_id: int, slot: Slot) -> threading.Event:
+            found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            return super().publish(lora_int_id, slot)
+
+    def start() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), server)
+        receive_slots(tmp_path / "socket", Noting())
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    starter.join()
+    folder = make(tmp_path / "a", {"m.q": (3, 6, 8)})
+    digest = weights_digest(open_artifact(folder))
+    hand_over(tmp_path / "socket", 1, folder, digest, draft=Draft())
+    assert found == [expected]
 
 
 @pytest.fixture
