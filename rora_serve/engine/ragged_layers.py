@@ -73,7 +73,7 @@ class RaggedLayer:
                 layer's input; rows past the step's are padding.
             y: [num_rows or more, out_features]. The layer's output.
         Raises: EngineSeamError: the layer got other rows than the step has, so that they can not be
-            told apart, or other numbers than the model's.
+            told apart.
         """
         if not groups.is_touched[self._index]:
             return  # such layers may see other rows, as those of an image encoder do
@@ -90,7 +90,8 @@ class RaggedLayer:
         if seen != self._seen:
             self._check(x, y, groups)
             self._seen = seen
-            self._is_plain = self.kind == "linear" and x.stride(-1) == y.stride(-1) == 1
+            is_read = self.kind == "linear" and x.dtype == y.dtype == self._dtype
+            self._is_plain = is_read and x.stride(-1) == y.stride(-1) == 1
             job.x_stride = x.stride(0) * x.element_size()
             job.y_stride = y.stride(0) * y.element_size()
         if self._is_plain:
@@ -107,24 +108,28 @@ class RaggedLayer:
             and y.dim() == 2
             and min(x.shape[0], y.shape[0]) >= groups.num_rows
             and y.shape[1] >= last + width
-            and (not is_linear or (x.shape[1] == self.in_features and x.dtype == self._dtype))
-            and y.dtype == self._dtype
+            and (not is_linear or x.shape[1] == self.in_features)
         )
         if not fits:
             raise EngineSeamError(
-                f"{self.name}: input {list(x.shape)} of {x.dtype} and output {list(y.shape)} of "
-                f"{y.dtype} for a step of {groups.num_rows} rows, [num_rows, in_features] and "
-                f"[num_rows, out_features] of {self._dtype} are expected; this model's layers are "
-                "not served yet"
+                f"{self.name}: input {list(x.shape)} and output {list(y.shape)} for a step of "
+                f"{groups.num_rows} rows, [num_rows, in_features] and [num_rows, out_features] are "
+                "expected; this model's layers are not served yet"
             )
 
     def _add_to_a_copy(self, x: Tensor, y: Tensor) -> None:
-        """Do it for tokens, and for rows whose numbers are no neighbours."""
-        x = x.contiguous() if self.kind == "linear" else x.long().contiguous()
-        result = y.contiguous()
+        """Do it for tokens, for rows whose numbers are no neighbours, and for other dtypes.
+
+        Routers of experts, for one, may answer in float32 where the model computes in bfloat16.
+        """
+        x = x.to(self._dtype if self.kind == "linear" else torch.int64).contiguous()
+        is_read = y.dtype == self._dtype
+        result = y.contiguous() if is_read else torch.zeros(y.shape, dtype=self._dtype)
         job = self._job
         job.x, job.x_stride = x.data_ptr(), x.stride(0) * x.element_size()
         job.y, job.y_stride = result.data_ptr(), result.stride(0) * result.element_size()
         self._run(self._job_address)
-        if result is not y:
+        if not is_read:
+            y += result
+        elif result is not y:
             y.copy_(result)

@@ -249,6 +249,30 @@ def test_rows_that_are_not_contiguous_are_read_as_they_lie() -> None:
     assert not wide[:, 14:].any()
 
 
+@pytest.mark.parametrize(
+    ("model", "x_dtype", "y_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.bfloat16),
+    ],
+)
+def test_layers_of_another_dtype_than_the_models_are_served(
+    model: torch.dtype, x_dtype: torch.dtype, y_dtype: torch.dtype
+) -> None:
+    slot, factors = make_adapter(1, ([3, 0, 2], [0]), torch.float32)
+    batch = RaggedBatch(len(LAYERS))
+    batch.set_rows((1, 0, 1), (), {1: slot})
+    x, y = (torch.randn(3, IN) / 4).to(x_dtype), torch.randn(3, 10).to(y_dtype)
+    before = y.clone()
+    make_layer(0, dtype=model).add_deltas(x, y, batch.tokens)
+    read = x.to(model).float()
+    expected = expected_output(read, before.float(), [1, 0, 1], {1: factors}, 0)
+    np.testing.assert_allclose(y.float(), expected, atol=ATOL["bfloat16"])
+    assert torch.equal(y[1], before[1])
+    assert not torch.equal(y[0], before[0])
+
+
 def test_a_layer_that_no_adapter_touches_never_looks_at_its_rows() -> None:
     """An image encoder's layers see other rows than the step has."""
     slot, _ = make_adapter(1, ([0, 0, 0], [2]), torch.float32)
