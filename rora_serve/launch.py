@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,13 @@ import psutil
 
 from adapters import AdapterStore, ResolvedVersion
 from adapters.base_model import cache_folder
-from adapters.errors import AdapterMismatchError, ConfigError, EngineSeamError, RoraError
+from adapters.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    EngineSeamError,
+    RoraError,
+    StoreError,
+)
 from adapters.receipt import BaseShapes
 from adapters.store import verify
 from rora_serve.admission import Admission
@@ -82,7 +89,8 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     if arguments.chat_template is not None:
         base = replace(base, chat_template=_served_template(arguments.chat_template))
     keys = _open_keys(config)
-    capacity = adapter_memory(config.adapter_memory_bytes, model)
+    dtype = arguments.dtype if is_cpu_build() else None
+    capacity = adapter_memory(config.adapter_memory_bytes, model, dtype=dtype)
     plan = make_plan(
         store, preload=config.preload, pin=config.pin, base_names=names, capacity=capacity
     )
@@ -178,8 +186,15 @@ def _set_environment() -> None:
     # both, SmolLM2-135M decodes 1.4 times and reads prompts 1.8 times as fast. Then nothing else
     # may keep a core busy.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if 0 < len(cores) <= _FEW_CORES:
+    quota = _cpu_quota()
+    if quota is not None and quota < len(cores):
+        # Of which cores the time is nobody has said; a thread for each would wait for its turn at
+        # every barrier, and bound to the first ones they would meet those of other containers.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("OMP_NUM_THREADS", str(quota))
+    elif 0 < len(cores) <= _FEW_CORES:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    if 0 < min(len(cores), quota or len(cores)) <= _FEW_CORES:
         os.environ[SLEEP_FLAG] = "1"
     # What is large, weights above all, lies in pages of 2 MiB where the system lets processes ask
     # for them, and is read faster. C's allocator takes this at the start of a process only.
@@ -199,6 +214,15 @@ def _set_environment() -> None:
         "PROMETHEUS_MULTIPROC_DIR",
     ):
         os.environ.pop(name, None)
+
+
+def _cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return how many cores' time a container may take, rounded up; None: as many as it sees."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no container, or none with a quota
+        return None
 
 
 def _kernel_cache(own: Path) -> Path:
@@ -343,6 +367,7 @@ def _open_door(
     def read_levels() -> Levels:  # once all of it is there
         return Levels(
             host_bytes=directory.bytes_by_name(),
+            host_used_bytes=directory.tier.num_bytes,
             host_capacity_bytes=directory.tier.capacity,
             adapters_held=directory.tier.num_held,
             requests_waiting=admission.num_waiting,
@@ -435,7 +460,11 @@ class _Adapters:
 
     async def load(self, lora_int_id: int, resolved: ResolvedVersion) -> int:
         if self._loader is not None:
-            return await self._loader.load(lora_int_id, resolved)
+            try:
+                return await self._loader.load(lora_int_id, resolved)
+            except StoreError:  # the loader's process ended, maybe after it had handed over
+                await self.drop(lora_int_id)
+                raise
         from vllm.lora.request import LoRARequest  # noqa: PLC0415
 
         await asyncio.to_thread(verify, resolved)

@@ -55,6 +55,7 @@ _EVENTS = {
     "quarantines": "Versions that failed their probe.",
 }
 _LEVELS = {
+    "host_used_bytes": "Memory that adapters take, with what those that load and leave need.",
     "host_capacity_bytes": "Memory that adapters may take.",
     "adapters_held": "Adapters in memory.",
     "requests_waiting": "Requests that are not admitted yet.",
@@ -68,12 +69,14 @@ class Levels:
 
     Args:
         host_bytes: that adapters take in memory, by name.
+        host_used_bytes: that all of them take, with what those that load and leave need.
         host_capacity_bytes: that they may take.
         adapters_held: in memory.
         requests_waiting, requests_in_flight: before and after admission.
     """
 
     host_bytes: Mapping[str, int]
+    host_used_bytes: int
     host_capacity_bytes: int
     adapters_held: int
     requests_waiting: int
@@ -113,7 +116,6 @@ class Metrics:
     def count_quarantine(self, adapter: str) -> None:
         """Count a version that failed its probe."""
         with self._lock:
-            self._adapters.use(adapter)  # its first request is what asks the probe
             self._adapters.of(adapter).quarantines += 1
 
     def collect(self) -> Iterator[Metric]:
@@ -206,14 +208,9 @@ class _Breakdown:
         self._counts: _Page = {name: _Counts() for name in (*fixed, OTHER, NONE)}
 
     def add(self, name: str | None, record: RequestRecord) -> None:
-        if name is not None:
-            self.use(name)
-        self.of(name).add(record)
-
-    def use(self, name: str) -> None:
-        """Count one use, which may give a name series of its own."""
-        if name not in self._fixed:
+        if name is not None and name not in self._fixed:
             self._top.use(name)
+        self.of(name).add(record)
 
     def of(self, name: str | None) -> _Counts:
         """Return what is counted under a name, or with the rest."""

@@ -10,7 +10,7 @@ from adapters.errors import ConfigError
 from adapters.limits import MAX_LORA_RANK
 from adapters.receipt import read_base_shapes
 from rora_serve.config import ServeConfig
-from rora_serve.memory import free_memory
+from rora_serve.memory import cpu_dtype, free_memory
 from rora_serve.tool_parsers import tool_parser_of
 
 # vLLM's options, by their names in its parser, that decide how adapters are served or would let a
@@ -25,11 +25,14 @@ _OWN_OPTIONS = (
 _MAX_CPU_LORAS = 1_000_000
 # Ours by default, a user's to change.
 _TOOL_PARSER = "--tool-call-parser"
-_FREE_OPTIONS = frozenset({"--dtype", "--kv-cache-memory-bytes", "--served-model-name"})
+_FREE_OPTIONS = frozenset(
+    {"--dtype", "--kv-cache-memory-bytes", "--max-model-len", "--served-model-name"}
+)
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _GPU_FACTOR_BYTES = 2  # of one number in vLLM's slots, in the dtypes that GPUs serve in
 _MAX_KV_CACHE_BYTES = 2 * 1024**3
-_BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+# Of vLLM's slots on GPUs at least, so that what is uploaded later finds some.
+_LEAST_GPU_RANK = 16
 
 
 def engine_options(config: ServeConfig, model: Path, base_name: str, given: list[str]) -> list[str]:
@@ -50,9 +53,11 @@ def engine_options(config: ServeConfig, model: Path, base_name: str, given: list
         # nor a rank that nothing uses costs anything in our layers.
         options["--max-loras"] = str(config.max_num_seqs)
         options["--max-lora-rank"] = str(MAX_LORA_RANK)
-        options["--dtype"] = _cpu_dtype()
+        options["--dtype"] = cpu_dtype()
         free = free_memory(model)
         options["--kv-cache-memory-bytes"] = str(min(free // 4, _MAX_KV_CACHE_BYTES))
+        # What a model can read at most may not fit there, and vLLM would not start.
+        options["--max-model-len"] = "auto"
     else:
         padded = padded_slots(config, AdapterStore(config.store))
         print(f"rora-serve: {padded.in_words(model)}", file=sys.stderr)
@@ -80,7 +85,7 @@ class PaddedSlots:
     Args:
         num_slots: adapters in one step at most.
         rank: of every slot, one that vLLM takes.
-        num_adapters, num_bytes: names in the store, and what their newest versions' tensors take.
+        num_adapters, num_bytes: names in the store, and what their latest versions' tensors take.
     """
 
     num_slots: int
@@ -100,19 +105,21 @@ class PaddedSlots:
 
 
 def padded_slots(config: ServeConfig, store: AdapterStore) -> PaddedSlots:
-    """Return the least slots and rank that serve every name of the store.
+    """Return slots and rank that serve every name of the store and what its aliases mean.
 
     Raises: ConfigError: an adapter of a higher rank than vLLM takes.
     """
-    latest = [record.latest for record in store.names()]
-    largest = max((version.max_rank for version in latest), default=1)
+    records = list(store.names())
+    latest = [record.latest for record in records]
+    meant = (record.version(digest) for record in records for digest in record.aliases.values())
+    largest = max((version.max_rank for version in meant), default=1)
     if largest > MAX_LORA_RANK:
         raise ConfigError(
             f"{store.root}: an adapter has rank {largest}, {MAX_LORA_RANK} is served at most"
         )
     return PaddedSlots(
         num_slots=max(1, min(config.max_num_seqs, len(latest))),
-        rank=next(rank for rank in _VLLM_RANKS if rank >= largest),
+        rank=next(rank for rank in _VLLM_RANKS if rank >= max(largest, _LEAST_GPU_RANK)),
         num_adapters=len(latest),
         num_bytes=sum(version.num_bytes for version in latest),
     )
@@ -123,15 +130,6 @@ def is_cpu_build() -> bool:
     from vllm.platforms import current_platform  # noqa: PLC0415
 
     return bool(current_platform.is_cpu())
-
-
-def _cpu_dtype() -> str:
-    """Return the dtype that this processor is fast in: bfloat16 only with instructions for it."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return "auto"
-    return "auto" if any(flag in flags for flag in _BF16_CPU_FLAGS) else "float32"
 
 
 def parse_options(own: list[str], given: list[str]) -> argparse.Namespace:
@@ -154,6 +152,8 @@ def parse_options(own: list[str], given: list[str]) -> argparse.Namespace:
                 f"--{name.replace('_', '-')}: set by rora-serve itself, not after `--`; "
                 "see rora-serve --help"
             )
+    if is_cpu_build():
+        _check_served_on_cpus(arguments)
     if arguments.logprobs_mode.endswith("logits"):
         raise ConfigError(
             f"--logprobs-mode {arguments.logprobs_mode}: log-probs are expected, which probes of "
@@ -164,3 +164,27 @@ def parse_options(own: list[str], given: list[str]) -> argparse.Namespace:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"vLLM's options: {error}") from error
     return arguments
+
+
+def _check_served_on_cpus(arguments: argparse.Namespace) -> None:
+    """Refuse what our layers do not serve.
+
+    Raises: ConfigError: one of these options is given.
+    """
+    for option in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        size = getattr(arguments, option)
+        if size > 1:
+            raise ConfigError(
+                f"--{option.replace('_', '-')}: {size}, adapters are served by one worker on CPUs; "
+                "leave it at 1"
+            )
+    if arguments.speculative_config is not None:
+        raise ConfigError(
+            "--speculative-config: guessing tokens ahead is not served beside adapters on CPUs "
+            "yet; leave it out"
+        )
+    if arguments.kv_sharing_fast_prefill:
+        raise ConfigError(
+            "--kv-sharing-fast-prefill: layers that leave tokens out are not served beside "
+            "adapters on CPUs yet; leave it out"
+        )

@@ -173,7 +173,8 @@ def make_reception(
 
     def read_levels() -> Levels:
         tier = directory.tier
-        return Levels(directory.bytes_by_name(), tier.capacity, tier.num_held, 0, 0)
+        by_name = directory.bytes_by_name()
+        return Levels(by_name, tier.num_bytes, tier.capacity, tier.num_held, 0, 0)
 
     metrics = Metrics(directory.base_names[0], read_levels)
     return Reception(

@@ -1,6 +1,7 @@
 """How adapters get into an engine that is not on a CPU, where our layers step aside."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,13 @@ from vllm.lora.request import LoRARequest
 from adapters.errors import AdapterMismatchError
 from rora_serve import launch
 from tests.rora_serve.adapter_server import Place
+
+
+def test_a_containers_share_of_processors_is_rounded_up(tmp_path: Path) -> None:
+    assert launch._cpu_quota(tmp_path) is None
+    for text, expected in (("max 100000", None), ("250000 100000", 3), ("5000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert launch._cpu_quota(tmp_path) == expected
 
 
 def test_on_gpus_vllm_loads_and_drops_adapters_itself(place: Place) -> None:

@@ -16,6 +16,13 @@ def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
     assert free_memory(model, cgroup) == pytest.approx(without, rel=0.2)
     (cgroup / "memory.max").write_text("10000\n")
     assert free_memory(model, cgroup) == 6000
+    (cgroup / "memory.stat").write_text("anon 500\ninactive_file 2000\n")
+    assert free_memory(model, cgroup) == 8000, "what was read of files goes first"
+    (model / "config.json").write_text('{"dtype": "bfloat16"}')
+    assert free_memory(model, cgroup, dtype="auto") == 8000
+    assert free_memory(model, cgroup, dtype="float32") == 7000
+    (cgroup / "memory.current").write_text("30000\n")
+    assert free_memory(model, cgroup) == 0
 
 
 def test_adapters_take_a_quarter_of_what_is_free_unless_they_are_told_how_much(

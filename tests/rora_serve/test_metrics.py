@@ -21,6 +21,7 @@ from rora_serve.request_log import Choice, RequestRecord
 BASE = "smollm2-135m-instruct"
 LEVELS = Levels(
     host_bytes={"a": 10, "unheard-of": 5, NONE: 1},
+    host_used_bytes=20,
     host_capacity_bytes=100,
     adapters_held=1,
     requests_waiting=2,
@@ -111,6 +112,7 @@ def test_counts_of_the_whole_server_and_levels_stand_there(metrics: Metrics) -> 
     assert value(page, "rora_requests_total", adapter="a", status="429") == 3
     assert value(page, "rora_host_bytes", adapter="a") == 10
     assert value(page, "rora_host_bytes", adapter=OTHER) == 6
+    assert value(page, "rora_host_used_bytes") == 20
     assert value(page, "rora_host_capacity_bytes") == 100
     assert value(page, "rora_adapters_held") == 1
     assert value(page, "rora_requests_waiting") == 2
@@ -128,8 +130,11 @@ def test_what_becomes_of_an_adapter_counts_under_its_name_or_with_the_rest(
     assert value(page, "rora_evictions_total", adapter="a") == 2
     assert value(page, "rora_evictions_total", adapter=OTHER) == 1
     assert "unheard-of" not in names(page), "it is use that earns a name its series"
-    metrics.count_quarantine("new")
-    assert value(read(metrics), "rora_quarantines_total", adapter="new") == 1
+    metrics.count_quarantine("a")
+    metrics.count_quarantine("upload-that-failed")
+    page = read(metrics)
+    assert value(page, "rora_quarantines_total", adapter="a") == 1
+    assert value(page, "rora_quarantines_total", adapter=OTHER) == 1
 
 
 def test_the_base_a_missing_name_and_the_words_for_the_rest_have_labels_of_their_own(

@@ -47,6 +47,7 @@ def test_on_cpus_slots_and_ranks_are_nobodys_business(
     assert told["--max-loras"] == told["--max-num-seqs"] == "32"
     assert told["--max-lora-rank"] == "512"
     assert ("--enforce-eager" in told) is not is_compiled
+    assert told["--max-model-len"] == "auto"
 
 
 def test_on_gpus_limits_come_from_the_store_and_padding_is_told(
@@ -67,7 +68,19 @@ def test_on_gpus_limits_come_from_the_store_and_padding_is_told(
     assert "2 adapters take 0 MiB at their own ranks" in said
     assert f"pad 2 slots to rank 32, {padded >> 20} MiB" in said
     empty = AdapterStore(store.root / "empty")
-    assert options(empty, tiny_model)["--max-loras"] == "1"
+    told = options(empty, tiny_model)
+    assert (told["--max-loras"], told["--max-lora-rank"]) == ("1", "16"), "for what is uploaded"
+
+
+def test_on_gpus_every_version_counts_that_an_alias_means(
+    store: AdapterStore, tmp_path: Path
+) -> None:
+    config = ServeConfig(store=store.root)
+    first = store.resolve("rank-20")
+    store.add(tmp_path / "rank-3", name="rank-20")
+    assert vllm_options.padded_slots(config, store).rank == 16
+    store.set_alias(first.public_id, "stable")
+    assert vllm_options.padded_slots(config, store).rank == 32
 
 
 def test_a_rank_that_vllm_does_not_take_is_refused_at_the_start(
@@ -94,6 +107,26 @@ def test_what_we_set_ourselves_is_refused(
     own = vllm_options.engine_options(config, tiny_model, "base", given)
     with pytest.raises(ConfigError, match=f"--{name}: set by rora-serve itself"):
         vllm_options.parse_options(own, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size: 2, adapters are served by one"),
+        (["-pp", "2"], "--pipeline-parallel-size: 2, adapters are served by one worker"),
+        (["--data-parallel-size", "2"], "--data-parallel-size: 2, adapters are served by one"),
+        (["--kv-sharing-fast-prefill"], "--kv-sharing-fast-prefill: layers that leave tokens out"),
+        (
+            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+            "--speculative-config: guessing tokens ahead is not served",
+        ),
+    ],
+)
+def test_what_our_layers_do_not_serve_is_refused_in_words(
+    tiny_model: Path, given: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        vllm_options.parse_options(["--model", str(tiny_model)], given)
 
 
 def test_logits_in_the_place_of_log_probs_are_refused(tiny_model: Path) -> None:

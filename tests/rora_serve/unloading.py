@@ -35,8 +35,8 @@ def measure(server: Server) -> Memory:
     processes = [parent, *parent.children(recursive=True)]
     total = sum(process.memory_full_info().pss for process in processes)
     page = httpx.get(f"{server.url}/metrics").text
-    lines = [line for line in page.splitlines() if line.startswith("rora_host_bytes{")]
-    return Memory(total, sum(int(float(line.rpartition(" ")[2])) for line in lines))
+    (line,) = (line for line in page.splitlines() if line.startswith("rora_host_used_bytes "))
+    return Memory(total, int(float(line.rpartition(" ")[2])))
 
 
 class Visitor:
