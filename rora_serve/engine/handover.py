@@ -34,7 +34,7 @@ from adapters import open_artifact
 from adapters.errors import EngineSeamError
 from rora_serve.engine.loading import lay_out
 from rora_serve.engine.slots import Element, Pages, Site, Slot
-from rora_serve.side_process import LOADING_NICENESS
+from rora_serve.side_process import LOADING_NICENESS, NICENESS
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            _let_others_go_first()
+            _let_others_go_first(LOADING_NICENESS)
             try:
                 slot_file = _receive_file(self.request)
                 if slot_file is None:
@@ -77,6 +77,7 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
                     if first_step is None:
                         return  # the adapter was refused
                     first_step.wait(_REST_SECONDS)
+                _let_others_go_first(NICENESS)  # for a load that may never come
                 spare.renew()
             except (OSError, ValueError) as error:  # the loader is gone; the server starts another
                 logger.warning("a slot was not handed over: %s", error)
@@ -95,11 +96,11 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
     threading.Thread(target=serve, name="receive-slots", daemon=True).start()
 
 
-def _let_others_go_first() -> None:
-    """Give this thread the niceness of the loader, unless the server has a greater one."""
+def _let_others_go_first(least: int) -> None:
+    """Give this thread a niceness of at least so much; without a privilege nobody gets less."""
     thread = threading.get_native_id()
     niceness = os.getpriority(os.PRIO_PROCESS, thread)
-    os.setpriority(os.PRIO_PROCESS, thread, max(niceness, LOADING_NICENESS))
+    os.setpriority(os.PRIO_PROCESS, thread, max(niceness, least))
 
 
 def _receive_file(connection: socket.socket) -> io.FileIO | None:
@@ -146,10 +147,13 @@ class _Spare:
     def __init__(self) -> None:
         self._pages: Pages | None = None
         self._sizes: deque[int] = deque(maxlen=8)
+        # Zeros are written to what is nobody's yet.
+        self._touching = threading.Lock()
 
     def take(self, num_bytes: int) -> memoryview:
         """Return memory for a slot, of which as much is found as was by now."""
-        pages, self._pages = self._pages, None
+        with self._touching:
+            pages, self._pages = self._pages, None
         self._sizes.append(num_bytes)
         if pages is None or pages.num_bytes < num_bytes:
             pages = Pages(num_bytes)
@@ -158,9 +162,11 @@ class _Spare:
     def renew(self) -> None:
         """Get ready for another slot as large as the last ones, unless they are very large."""
         pages = self._pages = Pages(min(max(self._sizes), _KEPT_BYTES))
-        for _ in pages.find():
-            if self._pages is not pages:
-                return  # a slot got them
+        touching = pages.touch()
+        while True:
+            with self._touching:
+                if self._pages is not pages or next(touching, self) is self:
+                    return  # a slot got them, or all are found
 
 
 def copied(file: int, memory: memoryview) -> memoryview:

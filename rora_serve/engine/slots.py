@@ -41,7 +41,7 @@ _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2 * 1024 * 1024
 
 _SHOWN_MISMATCHES = 5
@@ -220,14 +220,14 @@ class Pages:
             _LIBC.madvise(self._start, whole, _MADV_HUGEPAGE)  # a wish; small pages do as well
         self._free = _unmapped_with(self, self._start, self._end)
 
-    def find(self) -> Iterator[None]:
-        """Let the system find the pages now, some more with each step; others may use them already.
+    def touch(self) -> Iterator[None]:
+        """Let the system find the pages now, some more with each step. Other Python runs meanwhile.
 
-        Linux does so since 5.14; older ones find pages when they are used.
+        Not by one call for all (MADV_POPULATE_WRITE): until it returned, nobody else in the process
+        could map or unmap anything.
         """
         for at in range(0, self.num_bytes, _HUGE_PAGE):
-            size = min(_HUGE_PAGE, self.num_bytes - at)
-            _LIBC.madvise(self._start + at, size, _MADV_POPULATE_WRITE)
+            ctypes.memset(self._start + at, 0, min(_HUGE_PAGE, self.num_bytes - at))
             yield
 
     def hold(self, num_bytes: int) -> memoryview:

@@ -220,13 +220,10 @@ def test_memory_for_slots_is_not_rounded_up_to_large_pages(num_bytes: int) -> No
     assert numbers.ctypes.data % (2 * 1024**2) == 0
 
 
-@pytest.mark.skipif(
-    tuple(map(int, os.uname().release.split(".")[:2])) < (5, 14), reason="found when it is used"
-)
 def test_memory_that_was_found_before_gives_back_what_a_slot_does_not_need() -> None:
     before = psutil.Process().memory_info().rss
     pages = Pages(21 * 1024**2)
-    for _ in pages.find():
+    for _ in pages.touch():
         pass
     assert psutil.Process().memory_info().rss - before > 20 * 1024**2
     numbers = np.frombuffer(pages.hold(5 * 1024**2 + 1), np.uint8)
