@@ -2,7 +2,7 @@
 
 That step reads a prompt, so that it is among the longest, and every running request waits for it.
 Where all cores compute, loading another adapter meanwhile would make it longer still; in the steps
-between, which mostly hold a token a request, it takes a tenth of them.
+between, which mostly hold a token a request, it may take a quarter of one.
 """
 
 import math
