@@ -24,7 +24,9 @@ NUM_SHARED, NUM_OWN = 304, 8  # tokens of every prompt: the same in all, and eac
 NUM_TOKENS = 8
 NUM_CLIENTS = 32
 NUM_CANDIDATES, NUM_PROMPTS = 24, 4
-MIN_SHARE = 6  # of the moves that either version must have answers for
+# Moves wait for answers, so that a slow machine takes longer and shows as much as a fast one.
+ANSWERS_PER_MOVE = 3
+PAUSE = 0.25  # s between moves where answers come faster than that
 # The second most likely token must be this far behind, in log-probs, all along: engines in
 # float32 differ by a tenth of it at most.
 MIN_MARGIN = 10 * ATOL["served-log-probs-float32"]
@@ -142,16 +144,12 @@ def make_subject(server: Server, versions: Sequence[ResolvedVersion]) -> Subject
     return Subject((ids[0], ids[1]), (digests[0], digests[1]), answers)
 
 
-def swap_under_traffic(
-    server: Server, subject: Subject, *, num_moves: int, seconds: float, seed: int
-) -> Swaps:
-    """Move `latest` of the name `num_moves` times in `seconds`, every fifth time by a rollback."""
-    return asyncio.run(_run(server, subject, num_moves, seconds / num_moves, random.Random(seed)))
+def swap_under_traffic(server: Server, subject: Subject, *, num_moves: int, seed: int) -> Swaps:
+    """Move `latest` of the name `num_moves` times among answers, every fifth by a rollback."""
+    return asyncio.run(_run(server, subject, num_moves, random.Random(seed)))
 
 
-async def _run(
-    server: Server, subject: Subject, num_moves: int, pause: float, chooser: random.Random
-) -> Swaps:
+async def _run(server: Server, subject: Subject, num_moves: int, chooser: random.Random) -> Swaps:
     found = Swaps()
     is_over = False
 
@@ -166,7 +164,9 @@ async def _run(
         found.moves.append(await _move(client, subject, now))
         clients = [asyncio.create_task(client_loop(client)) for _ in range(NUM_CLIENTS)]
         for number in range(num_moves):
-            await asyncio.sleep(pause * chooser.uniform(0.5, 1.5))
+            await asyncio.sleep(PAUSE * chooser.uniform(0.5, 1.5))
+            while len(found.asked) < number * ANSWERS_PER_MOVE:
+                await asyncio.sleep(PAUSE / 10)
             now = 1 - now
             found.moves.append(await _move(client, subject, now, by_rollback=number % 5 == 4))
         is_over = True
@@ -217,16 +217,14 @@ def possible_versions(moves: Sequence[Move], sent: float, begun: float) -> set[s
 
 
 def swap(folder: Path, count: int, seed: int) -> dict[str, object]:
-    """Flip a name `count` times in as many quarters of a second. Fails on one wrong answer."""
+    """Flip a name `count` times under traffic. Fails on one wrong answer."""
     base = find_model(None, cache=cache_folder(os.environ))
     store = AdapterStore(folder / "store")
     versions = [store.add(path, name=NAME) for path in make_versions(folder, base)]
     port = free_port()
     with running(our_command(store.root, port), port, folder / "log") as server:
         subject = make_subject(server, versions)
-        swaps = swap_under_traffic(
-            server, subject, num_moves=count, seconds=count * 0.25, seed=seed
-        )
+        swaps = swap_under_traffic(server, subject, num_moves=count, seed=seed)
         with httpx.Client(base_url=server.url) as client:
             hit_rate = cache_hit_rate(client.get("/metrics").text)
     verdict = judge(subject, swaps)
@@ -247,7 +245,7 @@ def swap(folder: Path, count: int, seed: int) -> dict[str, object]:
 def check(verdict: Verdict, *, num_moves: int) -> None:
     """Fail on a wrong answer, and if the traffic could not have shown one."""
     assert (verdict.failed, verdict.mixed, verdict.stale) == (0, 0, 0), verdict
-    assert min(verdict.by_version.values()) >= num_moves // MIN_SHARE, verdict
+    assert min(verdict.by_version.values()) >= num_moves // 2, verdict
     assert verdict.strict >= num_moves // 2, verdict
     assert verdict.overlapped >= num_moves // 2, verdict
 
