@@ -1,4 +1,4 @@
-"""RoraCpuPlatform: vLLM's CPU platform, with our worker."""
+"""RoraCpuPlatform: vLLM's CPU platform, with our worker and the kernels that it leaves unused."""
 
 from typing import TYPE_CHECKING
 
@@ -6,12 +6,13 @@ from vllm.platforms.cpu import CpuPlatform
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.config.kernel import IrOpPriorityConfig
 
 WORKER_CLASS = "rora_serve.engine.worker.RaggedCpuWorker"
 
 
 class RoraCpuPlatform(CpuPlatform):
-    """Names our worker where adapters are served; everything else is vLLM's."""
+    """Names our worker where adapters are served, and compiled norms; the rest is vLLM's."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
@@ -24,3 +25,22 @@ class RoraCpuPlatform(CpuPlatform):
             vllm_config.lora_config = lora_config
         if lora_config is not None:
             vllm_config.parallel_config.worker_cls = WORKER_CLASS
+
+    @classmethod
+    def import_ir_kernels(cls) -> None:
+        """Import what implements vLLM's operators: its own modules, then ours."""
+        super().import_ir_kernels()
+        import rora_serve.engine.norms  # noqa: F401, PLC0415  (operators come after platforms)
+
+    @classmethod
+    def get_default_ir_op_priority(cls, vllm_config: "VllmConfig") -> "IrOpPriorityConfig":
+        """Prefer compiled norms, unless torch.compile makes its own of PyTorch's code."""
+        from vllm.config import CompilationMode  # noqa: PLC0415  (configurations know platforms)
+        from vllm.config.kernel import IrOpPriorityConfig  # noqa: PLC0415
+
+        from rora_serve.engine.norms import PROVIDER  # noqa: PLC0415
+
+        if vllm_config.compilation_config.mode != CompilationMode.NONE:
+            return super().get_default_ir_op_priority(vllm_config)
+        norms = [PROVIDER, "native"]
+        return IrOpPriorityConfig.with_default(["native"], rms_norm=norms, fused_add_rms_norm=norms)

@@ -247,6 +247,13 @@ def _parts(files: dict[str, bytes]) -> dict[str, tuple[str, bytes]]:
     return {name: (name, content) for name, content in files.items()}
 
 
+def test_the_engine_normalizes_by_compiled_kernels(server: Server) -> None:
+    """What vLLM says of its own lists is all that shows which code it runs."""
+    log = server.log.read_text(errors="replace")
+    norms = "['vllm_cpu', 'native']"
+    assert f"rms_norm={norms}, fused_add_rms_norm={norms}" in log
+
+
 def test_a_signal_during_the_start_ends_it_at_once(store: AdapterStore, tmp_path: Path) -> None:
     """Whatever the processes are doing by then; none of them is left."""
     log = tmp_path / "log"

@@ -1,0 +1,97 @@
+"""The compiled norms are those of vLLM's PyTorch code, and leave alone what they can not do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vllm import ir
+from vllm.config import CompilationConfig, CompilationMode, VllmConfig
+
+from rora_serve.engine.norms import PROVIDER
+from rora_serve.engine.platform import RoraCpuPlatform
+
+EPSILON = 1e-5
+SHAPES = [(1, 576), (33, 576), (0, 576), (7, 16), (4, 3, 64)]
+
+
+def random_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    return x, residual, torch.randn(shape[-1], generator=generator).to(dtype)
+
+
+def norm_by_loop(x: Tensor, weight: Tensor) -> Tensor:
+    """The norm of each row, in float64."""
+    rows = []
+    for row in x.double().view(-1, x.shape[-1]):
+        mean = sum(float(value) ** 2 for value in row) / len(row)
+        rows.append(weight.double() * row / (mean + EPSILON) ** 0.5)
+    return torch.stack(rows).view(x.shape) if rows else x.double()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_norms_are_those_of_a_loop_and_of_vllms_own_code(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, residual, weight = random_inputs(shape, dtype)
+    tolerance = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+
+    def assert_close(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+    norm, sum_norm = ir.ops.rms_norm.impls, ir.ops.fused_add_rms_norm.impls
+    assert norm[PROVIDER].supports_args(x, weight, EPSILON)
+    found = norm[PROVIDER].impl_fn(x, weight, EPSILON)
+    assert_close(found, norm["native"].impl_fn(x, weight, EPSILON))
+    assert_close(found, norm_by_loop(x, weight).to(dtype))
+    assert sum_norm[PROVIDER].supports_args(x, residual, weight, EPSILON)
+    expected = sum_norm["native"].impl_fn(x, residual, weight, EPSILON)
+    found = sum_norm[PROVIDER].impl_fn(x.clone(), residual.clone(), weight, EPSILON)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, weight: (x.mT, weight[:4]),
+        lambda x, weight: (x[:, :24], weight[:24]),
+        lambda x, weight: (x[:, :24].contiguous(), weight[:24]),
+        lambda x, weight: (x, weight.bfloat16()),
+        lambda x, _: (x, None),
+        lambda x, weight: (x.double(), weight.double()),
+    ],
+    ids=["turned", "a part of rows", "a rest", "other weights", "no weights", "float64"],
+)
+def test_what_the_kernels_can_not_do_is_left_to_vllms_own_code(
+    change: Callable[..., tuple[Any, Any]],
+) -> None:
+    x, weight = change(torch.ones(4, 64), torch.ones(64))
+    assert not ir.ops.rms_norm.impls[PROVIDER].supports_args(x, weight, EPSILON)
+    of_sum = ir.ops.fused_add_rms_norm.impls[PROVIDER]
+    assert not of_sum.supports_args(x, x, weight, EPSILON)
+
+
+def test_a_part_of_the_row_is_left_to_vllms_own_code() -> None:
+    x, weight = torch.ones(4, 64), torch.ones(64)
+    assert not ir.ops.rms_norm.impls[PROVIDER].supports_args(x, weight, EPSILON, 32)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        (CompilationMode.NONE, [PROVIDER, "native"]),
+        (CompilationMode.VLLM_COMPILE, ["native"]),
+    ],
+    ids=str,
+)
+def test_compiled_models_keep_the_code_that_they_are_made_of(
+    mode: CompilationMode, expected: list[str]
+) -> None:
+    config = VllmConfig(compilation_config=CompilationConfig(mode=mode))
+    found = RoraCpuPlatform.get_default_ir_op_priority(config)
+    assert found.rms_norm == found.fused_add_rms_norm == expected
+    assert found.gelu_and_mul_sparse == ["native"]
