@@ -22,12 +22,13 @@ NUM_ADAPTERS, NUM_HELD = 1000, 100
 NUM_CLIENTS, NUM_WATCHED = 8, 40
 PROMPT, NUM_TOKENS = 12, 6
 WARM_UP_SECONDS = 120
+MAX_SLOPE = 1.0  # MB a minute after that
 
 
 def churn(folder: Path, minutes: int, seed: int) -> dict[str, object]:
     """Serve 1,000 adapters from memory for 100, the k-th as popular as 1 / k.
 
-    Fails on any error, and if an adapter's answer is another one at the end.
+    Fails on any error, if an adapter's answer is another one at the end, and if memory grows.
     """
     store = AdapterStore(folder / "store")
     base = find_model(None, cache=cache_folder(os.environ))
@@ -96,6 +97,7 @@ async def _traffic(
         memory = await watching
     warm = [(at, mb) for at, mb in memory if at > min(WARM_UP_SECONDS, seconds / 2)]
     slope = np.polyfit([at / 60 for at, _ in warm], [mb for _, mb in warm], 1)[0]
+    assert slope < MAX_SLOPE, f"memory grows by {slope:.2f} MB a minute: {warm}"
     return {
         "requests": count,
         "minutes": round(seconds / 60, 1),
