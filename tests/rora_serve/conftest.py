@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -268,6 +269,14 @@ class Stock:
 
     def folder_of(self, name: str) -> Path:
         return self.folders[name]
+
+    def takes(self, name: str, folder: Path) -> bool:
+        """Tell whether it serves an adapter, which is loaded if it was not."""
+        if name in self.folders:
+            return True
+        body = {"lora_name": name, "lora_path": str(folder)}
+        answer = httpx.post(f"{self.server.url}/v1/load_lora_adapter", json=body, timeout=60)
+        return answer.status_code == 200
 
 
 @pytest.fixture(scope="package")

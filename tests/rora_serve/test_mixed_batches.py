@@ -12,7 +12,7 @@ import pytest
 
 from adapters import AdapterStore
 from adapters.names import DEFAULT_MODEL_NAME as BASE
-from tests.rora_serve.conftest import CHUNK, TOLERANCE, Oracle
+from tests.rora_serve.conftest import CHUNK, TOLERANCE, Oracle, Stock
 from tests.rora_serve.serving import (
     Continuation,
     Server,
@@ -56,15 +56,22 @@ def same_tokens(one: Continuation, other: Continuation) -> bool:
     return True
 
 
+def largest_differences(
+    oracle: Oracle, requests: Sequence[Request], answers: Sequence[Continuation]
+) -> dict[str, float]:
+    """Return how far each name's log-probs are from PEFT's."""
+    largest = dict.fromkeys((name for name, _ in requests), 0.0)
+    for (name, _), found in zip(requests, answers, strict=True):
+        largest[name] = max(largest[name], oracle.largest_difference(name, found))
+    print("largest difference of log-probs:", largest)
+    return largest
+
+
 def check_mix(server: Server, oracle: Oracle, names: Sequence[str], seed: int) -> None:
     requests = random_requests(names, seed)
     assert len({name for name, _ in requests}) > 4
     mixed = ask_together(server, requests, num_tokens=NUM_ANSWERED)
-    largest = dict.fromkeys((name for name, _ in requests), 0.0)
-    for (name, _), found in zip(requests, mixed, strict=True):
-        largest[name] = max(largest[name], oracle.largest_difference(name, found))
-    print("largest difference of log-probs:", largest)
-    assert max(largest.values()) <= TOLERANCE
+    assert max(largest_differences(oracle, requests, mixed).values()) <= TOLERANCE
     for request, found in zip(requests, mixed, strict=True):
         (alone,) = ask_together(server, [request], num_tokens=NUM_ANSWERED)
         assert same_tokens(alone, found), request[0]
@@ -75,6 +82,26 @@ def test_any_mix_equals_peft_and_each_request_alone(
     server: Server, oracle: Oracle, adapters: dict[str, Path], seed: int
 ) -> None:
     check_mix(server, oracle, [name for name in adapters if name != "pruned"], seed)
+
+
+@pytest.mark.soak
+def test_stock_vllm_fails_the_same_mix(
+    stock: Stock, oracle: Oracle, adapters: dict[str, Path]
+) -> None:
+    """The control, and why our layers exist: what it takes it mixes up, and it does not take all.
+
+    Its base is right alone.
+    """
+    names = [name for name in adapters if name != "pruned"]
+    requests = random_requests(names, seed=0)
+    base = [(name, prompt) for name, prompt in requests if name == BASE]
+    alone = ask_together(stock.server, base, num_tokens=NUM_ANSWERED)
+    assert largest_differences(oracle, base, alone)[BASE] <= TOLERANCE
+    refused = {name for name in names if not stock.takes(name, adapters[name])}
+    print("stock vLLM refuses", sorted(refused))
+    requests = [(name, prompt) for name, prompt in requests if name not in refused]
+    mixed = ask_together(stock.server, requests, num_tokens=NUM_ANSWERED)
+    assert largest_differences(oracle, requests, mixed)[BASE] > 10 * TOLERANCE
 
 
 @pytest.mark.soak
