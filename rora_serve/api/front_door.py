@@ -118,23 +118,27 @@ class FrontDoor:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            if scope["method"] == "HEAD":  # whose answer has no body: uvicorn leaves it out
+            asked = scope["method"]
+            if asked == "HEAD":  # whose answer has no body: uvicorn leaves it out
                 scope = {**scope, "method": "GET"}
             kind = kind_of(scope["method"], scope["path"])
             if kind is Kind.OPEN:
                 await self._app(scope, receive, send)
             else:
-                await self._serve(kind, scope, receive, send)
+                record = RequestRecord(
+                    request_id(scope["headers"]), asked, scope["path"], time.monotonic()
+                )
+                await self._serve(kind, scope, receive, send, record)
         else:  # nothing that we serve speaks WebSocket; refusing before accepting is a 403
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _serve(self, kind: Kind, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(
+        self, kind: Kind, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+    ) -> None:
         """Serve a request that is noted, whatever becomes of it."""
         reception: Reception = getattr(scope["app"].state, RECEPTION_STATE)
-        name = request_id(scope["headers"])
-        record = RequestRecord(name, scope["method"], scope["path"], time.monotonic())
         exchange = Exchange(receive, send, record)
-        scope = {**scope, "headers": headers_for_vllm(scope["headers"], name)}
+        scope = {**scope, "headers": headers_for_vllm(scope["headers"], record.request_id)}
         # A connection's requests are one task after the other or the same; reset for the latter.
         token = current_record.set(record)
         try:

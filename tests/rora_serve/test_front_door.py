@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -231,10 +232,15 @@ def test_a_broken_record_is_left_out_of_the_list_and_is_a_500_by_name(
         assert str(store.root) not in answer.text
 
 
-def test_head_is_answered_as_get_is(client: TestClient) -> None:
+def test_head_is_answered_as_get_is_and_logged_as_what_it_is(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
     for path in ("/health", "/v1/models"):
         assert client.head(path).status_code == client.get(path).status_code == 200
-    assert client.head("/v1/completions").status_code == 404
+    with caplog.at_level(logging.INFO, logger="rora_serve.requests"):
+        assert client.head("/v1/completions").status_code == 404
+    (record,) = caplog.records
+    assert json.loads(record.getMessage())["method"] == "HEAD"
 
 
 def test_a_request_of_very_many_sequences_is_400(client: TestClient) -> None:
