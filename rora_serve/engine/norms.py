@@ -15,18 +15,19 @@ from vllm import ir
 PROVIDER = "vllm_cpu"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_VECTOR = 16  # numbers that the kernels take at a time; they have no code for a rest
+_VECTOR = 16  # numbers that kernels take at a time, at most; they have no code for a rest
 
 
 def _can_normalize(x: Tensor, weight: Tensor | None, variance_size: int | None) -> bool:
-    """Tell whether the kernels do what PyTorch's code does: they know rows side by side only."""
+    """Tell whether the kernels do what PyTorch's code does. They look at no shape by themselves."""
     return (
         variance_size is None
         and weight is not None
         and weight.dtype == x.dtype
         and x.dtype in _DTYPES
+        and weight.shape == x.shape[-1:]
+        and weight.is_contiguous()
         and x.shape[-1] % _VECTOR == 0
-        and x.is_contiguous()
     )
 
 
@@ -57,8 +58,10 @@ def rms_norm(
         x: [..., hidden_size].
         weight: [hidden_size], of the same dtype.
     """
-    output = torch.empty_like(x)
-    torch.ops._C.rms_norm(output, x, weight, epsilon)
+    output = torch.empty(x.shape, dtype=x.dtype)
+    # Heads of queries lie apart from each other. Were those left to PyTorch's code, one token
+    # alone, whose heads do not, would be rounded otherwise than the same one among others.
+    torch.ops._C.rms_norm(output, x.contiguous(), weight, epsilon)
     return output
 
 
@@ -72,6 +75,8 @@ def _supports_sum(
     return (
         _can_normalize(x, weight, variance_size)
         and x_residual.dtype == x.dtype
+        and x_residual.shape == x.shape
+        and x.is_contiguous()
         and x_residual.is_contiguous()
     )
 

@@ -1,8 +1,5 @@
 """The compiled norms are those of vLLM's PyTorch code, and leave alone what they can not do."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -54,30 +51,78 @@ def test_norms_are_those_of_a_loop_and_of_vllms_own_code(
         assert_close(ours, theirs)
 
 
+def test_rows_apart_from_each_other_are_rounded_as_those_side_by_side() -> None:
+    """As the heads of one token are, and those of several."""
+    packed, _, _ = random_inputs((5, 4 * 64), torch.bfloat16)
+    _, _, weight = random_inputs((64,), torch.bfloat16)
+    heads = packed[:, 64:192].view(5, 2, 64)
+    assert not heads.is_contiguous()
+    norm = ir.ops.rms_norm.impls[PROVIDER]
+    assert norm.supports_args(heads, weight, EPSILON)
+    alone = torch.cat([norm.impl_fn(head, weight, EPSILON) for head in heads.split(1)])
+    assert torch.equal(norm.impl_fn(heads, weight, EPSILON), alone)
+
+
+def test_what_is_not_given_away_is_not_written() -> None:
+    """Some models read what they normalized again; they call the operator that promises this."""
+    x, residual, weight = random_inputs((3, 64), torch.float32)
+    given = x.clone(), residual.clone()
+    with ir.ops.fused_add_rms_norm.set_priority([PROVIDER, "native"]):
+        found = ir.ops.fused_add_rms_norm(*given, weight, EPSILON)
+    assert torch.equal(given[0], x)
+    assert torch.equal(given[1], residual)
+    assert torch.equal(found[1], x + residual)
+
+
+X, WEIGHT = torch.ones(4, 64), torch.ones(64)
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("x", "weight"),
     [
-        lambda x, weight: (x.mT, weight[:4]),
-        lambda x, weight: (x[:, :24], weight[:24]),
-        lambda x, weight: (x[:, :24].contiguous(), weight[:24]),
-        lambda x, weight: (x, weight.bfloat16()),
-        lambda x, _: (x, None),
-        lambda x, weight: (x.double(), weight.double()),
+        (X[:, :24], WEIGHT[:24]),
+        (X, WEIGHT.bfloat16()),
+        (X, None),
+        (X.double(), WEIGHT.double()),
+        (X, WEIGHT[:1]),
+        (X, torch.ones(128)[::2]),
+        (X, torch.ones(4, 64)),
     ],
-    ids=["turned", "a part of rows", "a rest", "other weights", "no weights", "float64"],
-)
+    ids=[
+        "a rest", "other weights", "no weights", "float64", "one weight", "weights apart",
+        "weights of rows",
+    ],
+)  # fmt: skip
 def test_what_the_kernels_can_not_do_is_left_to_vllms_own_code(
-    change: Callable[..., tuple[Any, Any]],
+    x: Tensor, weight: Tensor | None
 ) -> None:
-    x, weight = change(torch.ones(4, 64), torch.ones(64))
     assert not ir.ops.rms_norm.impls[PROVIDER].supports_args(x, weight, EPSILON)
     of_sum = ir.ops.fused_add_rms_norm.impls[PROVIDER]
-    assert not of_sum.supports_args(x, x, weight, EPSILON)
+    assert not of_sum.supports_args(x, x.clone(), weight, EPSILON)
+
+
+@pytest.mark.parametrize(
+    ("x", "residual"),
+    [
+        (X, X.bfloat16()),
+        (X, X[:1]),
+        (X, torch.ones(64, 4).mT),
+        (torch.ones(64, 4).mT, X),
+    ],
+    ids=["another dtype", "one row", "turned", "turned x"],
+)
+def test_sums_that_the_kernel_can_not_do_are_left_to_vllms_own_code(
+    x: Tensor, residual: Tensor
+) -> None:
+    of_sum = ir.ops.fused_add_rms_norm.impls[PROVIDER]
+    assert of_sum.supports_args(X, X.clone(), WEIGHT, EPSILON)
+    assert not of_sum.supports_args(x, residual, WEIGHT, EPSILON)
 
 
 def test_a_part_of_the_row_is_left_to_vllms_own_code() -> None:
-    x, weight = torch.ones(4, 64), torch.ones(64)
-    assert not ir.ops.rms_norm.impls[PROVIDER].supports_args(x, weight, EPSILON, 32)
+    assert not ir.ops.rms_norm.impls[PROVIDER].supports_args(X, WEIGHT, EPSILON, 32)
+    of_sum = ir.ops.fused_add_rms_norm.impls[PROVIDER]
+    assert not of_sum.supports_args(X, X.clone(), WEIGHT, EPSILON, 32)
 
 
 @pytest.mark.parametrize(
