@@ -85,7 +85,7 @@ async def ask(
                 if response.status_code == 200:
                     found.tokens = found.body["choices"][0]["token_ids"]
     except httpx.HTTPError as error:
-        found.error = type(error).__name__
+        found.error = repr(error)
     found.ended = time.monotonic()
     return found
 

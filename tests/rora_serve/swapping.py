@@ -24,9 +24,8 @@ NUM_SHARED, NUM_OWN = 304, 8  # tokens of every prompt: the same in all, and eac
 NUM_TOKENS = 8
 NUM_CLIENTS = 32
 NUM_CANDIDATES, NUM_PROMPTS = 24, 4
-# Moves wait for answers, so that a slow machine takes longer and shows as much as a fast one.
+# A slow machine takes longer, and shows as much as a fast one.
 ANSWERS_PER_MOVE = 3
-PAUSE = 0.25  # s between moves where answers come faster than that
 # The second most likely token must be this far behind, in log-probs, all along: engines in
 # float32 differ by a tenth of it at most.
 MIN_MARGIN = 10 * ATOL["served-log-probs-float32"]
@@ -75,7 +74,7 @@ class Verdict:
     """Counts of answers.
 
     Args:
-        failed: no whole answer.
+        failed: why what is no whole answer is none.
         mixed: tokens that are not those of the version that the answer names.
         stale: a version that the name could not mean at any time between question and answer.
         strict: one version alone was right, since no move overlapped.
@@ -83,7 +82,7 @@ class Verdict:
         overlapped: answers during which the name was moved, after they had begun.
     """
 
-    failed: int
+    failed: tuple[str, ...]
     mixed: int
     stale: int
     strict: int
@@ -145,7 +144,10 @@ def make_subject(server: Server, versions: Sequence[ResolvedVersion]) -> Subject
 
 
 def swap_under_traffic(server: Server, subject: Subject, *, num_moves: int, seed: int) -> Swaps:
-    """Move `latest` of the name `num_moves` times among answers, every fifth by a rollback."""
+    """Move `latest` of the name `num_moves` times under traffic, every fifth time by a rollback.
+
+    As often as some answers take, by the time of those before the first move.
+    """
     return asyncio.run(_run(server, subject, num_moves, random.Random(seed)))
 
 
@@ -153,20 +155,24 @@ async def _run(server: Server, subject: Subject, num_moves: int, chooser: random
     found = Swaps()
     is_over = False
 
+    async def ask_one(client: httpx.AsyncClient) -> None:
+        prompt = chooser.choice(subject.prompts)
+        model = chooser.choice((NAME, f"{NAME}@latest"))
+        found.asked.append((prompt, await ask(client, model, prompt, NUM_TOKENS)))
+
     async def client_loop(client: httpx.AsyncClient) -> None:
         while not is_over:
-            prompt = chooser.choice(subject.prompts)
-            model = chooser.choice((NAME, f"{NAME}@latest"))
-            found.asked.append((prompt, await ask(client, model, prompt, NUM_TOKENS)))
+            await ask_one(client)
 
     async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT, limits=limits()) as client:
         now = 0
         found.moves.append(await _move(client, subject, now))
+        begin = time.monotonic()
+        await asyncio.gather(*(ask_one(client) for _ in range(NUM_CLIENTS)))
+        pause = (time.monotonic() - begin) / NUM_CLIENTS * ANSWERS_PER_MOVE
         clients = [asyncio.create_task(client_loop(client)) for _ in range(NUM_CLIENTS)]
         for number in range(num_moves):
-            await asyncio.sleep(PAUSE * chooser.uniform(0.5, 1.5))
-            while len(found.asked) < number * ANSWERS_PER_MOVE:
-                await asyncio.sleep(PAUSE / 10)
+            await asyncio.sleep(pause * chooser.uniform(0.5, 1.5))
             now = 1 - now
             found.moves.append(await _move(client, subject, now, by_rollback=number % 5 == 4))
         is_over = True
@@ -191,11 +197,12 @@ async def _move(
 
 def judge(subject: Subject, swaps: Swaps) -> Verdict:
     """Compare each answer with the version that it names, and that with the moves."""
-    failed = mixed = stale = strict = overlapped = 0
+    failed: list[str] = []
+    mixed = stale = strict = overlapped = 0
     by_version = dict.fromkeys(subject.versions, 0)
     for prompt, outcome in swaps.asked:
         if not outcome.is_whole or outcome.version not in by_version:
-            failed += 1
+            failed.append(f"{outcome.status} {outcome.error} {outcome.version} {outcome.body}")
             continue
         possible = possible_versions(swaps.moves, outcome.sent, outcome.begun)
         strict += len(possible) == 1
@@ -206,7 +213,7 @@ def judge(subject: Subject, swaps: Swaps) -> Verdict:
             stale += 1
         else:
             by_version[outcome.version] += 1
-    return Verdict(failed, mixed, stale, strict, overlapped, by_version)
+    return Verdict(tuple(failed), mixed, stale, strict, overlapped, by_version)
 
 
 def possible_versions(moves: Sequence[Move], sent: float, begun: float) -> set[str]:
@@ -232,7 +239,7 @@ def swap(folder: Path, count: int, seed: int) -> dict[str, object]:
     return {
         "moves": count,
         "answers": len(swaps.asked),
-        "failures": verdict.failed,
+        "failures": len(verdict.failed),
         "mixed": verdict.mixed,
         "stale": verdict.stale,
         "strict": verdict.strict,
@@ -244,7 +251,7 @@ def swap(folder: Path, count: int, seed: int) -> dict[str, object]:
 
 def check(verdict: Verdict, *, num_moves: int) -> None:
     """Fail on a wrong answer, and if the traffic could not have shown one."""
-    assert (verdict.failed, verdict.mixed, verdict.stale) == (0, 0, 0), verdict
+    assert (verdict.failed, verdict.mixed, verdict.stale) == ((), 0, 0), verdict
     assert min(verdict.by_version.values()) >= num_moves // 2, verdict
     assert verdict.strict >= num_moves // 2, verdict
     assert verdict.overlapped >= num_moves // 2, verdict
