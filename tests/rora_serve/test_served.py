@@ -1,10 +1,12 @@
 """What a real engine serves equals what PEFT computes."""
 
+import http.client
 import json
 import shutil
 import signal
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,18 @@ def test_adapters_are_managed_while_they_are_served(
 
 def _parts(files: dict[str, bytes]) -> dict[str, tuple[str, bytes]]:
     return {name: (name, content) for name, content in files.items()}
+
+
+def test_an_idle_connection_outlives_those_of_clients(server: Server) -> None:
+    """A request on one that the server is closing fails; 5 s, as vLLM has it, is what httpx has."""
+    with closing(http.client.HTTPConnection(server.url.removeprefix("http://"))) as connection:
+        for pause in (0, 6):
+            time.sleep(pause)
+            connection.request("GET", "/health")
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200
+            assert connection.sock is not None, "the server said that it would close"
 
 
 def test_the_engine_normalizes_by_compiled_kernels(server: Server) -> None:
