@@ -196,9 +196,9 @@ def _set_environment() -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     if 0 < min(len(cores), quota or len(cores)) <= _FEW_CORES:
         os.environ[SLEEP_FLAG] = "1"
-    # Clients and proxies keep idle connections for 5 s (httpx), 15 (aiohttp) or 60, vLLM's server
-    # for 5. The client must be who closes first: else a request goes out as its connection ends.
-    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
+    # Clients and proxies keep idle connections for 5 s (httpx) to 90 (Go), vLLM's server for 5. The
+    # client must be who closes first: else a request goes out as its connection ends.
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "100")
     # What is large, weights above all, lies in pages of 2 MiB where the system lets processes ask
     # for them, and is read faster. C's allocator takes this at the start of a process only.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
