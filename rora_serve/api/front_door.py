@@ -72,6 +72,11 @@ class Caller(Protocol):
     """What our own routes ask of whoever sent a request; no right includes another."""
 
     @property
+    def name(self) -> str:
+        """What the server calls it."""
+        ...
+
+    @property
     def may_use_base(self) -> bool:
         """Whether requests may go to the base model."""
         ...
@@ -381,9 +386,10 @@ class _Visit:
                 f"{name}: it was not loaded in {seconds:.3g} s; allow more time"
             ) from error
         waiting.close()
+        record.version = served.resolved.public_id
         record.load_ms = 1000 * (time.monotonic() - begun)
         self._exchange.headers += [
-            (ADAPTER_HEADER, resolved.public_id.encode()),
+            (ADAPTER_HEADER, record.version.encode()),
             (TIER_HEADER, record.tier.encode()),
             (LOAD_HEADER, f"{record.load_ms:.1f}".encode()),
         ]
@@ -393,7 +399,14 @@ class _Visit:
         self, stack: AsyncExitStack, model: str, resolved: ResolvedVersion
     ) -> ServedAdapter:
         """Return a version that was loaded, which `stack` closes."""
-        served = await self._reception.directory.open_version(model, resolved)
+        directory = self._reception.directory
+        try:
+            served = await directory.open_version(model, resolved)
+        except AdapterNotFoundError:
+            # Removed from the store while the request waited, by somebody who could not know of
+            # it. Where the name means another version by now, that is what was asked for.
+            again = await asyncio.to_thread(directory.store.resolve, model)
+            served = await directory.open_version(model, again)
         stack.callback(self._close, served)
         return served
 

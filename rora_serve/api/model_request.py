@@ -76,6 +76,7 @@ def read_model_request(
         return ModelRequest(body, None, 1)
     for key in NOT_FOR_CLIENTS:
         content.pop(key, None)
+    _drop_names_of_media(content)
     if path in GENERATING_ROUTES:
         # Numbers that vLLM would read out of text or fractions, as it would.
         for key in ("n", *_MAX_TOKENS[path]):
@@ -128,6 +129,23 @@ def _salt(content: dict[str, Any], salt: str | None) -> None:
     if salt is not None:
         own = content.get("cache_salt")
         content["cache_salt"] = f"{salt}.{own}" if isinstance(own, str) else salt
+
+
+def _drop_names_of_media(content: dict[str, Any]) -> None:
+    """Let media be known by their contents alone.
+
+    vLLM keeps an image under a `uuid` that stands beside it, and takes one for which only that is
+    said from there: another tenant's.
+    """
+    for key in ("messages", "input"):
+        given = content.get(key)
+        for message in given if isinstance(given, list) else ():
+            if not isinstance(message, dict):
+                continue
+            for parts in (message.get("content"), message.get("output")):
+                for part in parts if isinstance(parts, list) else ():
+                    if isinstance(part, dict):
+                        part.pop("uuid", None)
 
 
 def _num_sequences(content: dict[str, Any]) -> int:

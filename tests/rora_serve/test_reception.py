@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+import shutil
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from rora_serve.key_file import KeyFile
 from rora_serve.tenants import EVERYBODY, Limits, Tenant
 from tests.rora_serve.echo_server import ACME, OPERATOR, ROUTES, TIRED, Server, write_keys
 from tests.rora_serve.reaching import client_of
+from tests.workloads import set_alpha
 
 
 @pytest.fixture
@@ -135,6 +137,60 @@ def test_what_steers_vllm_is_taken_out_and_a_tenants_salt_put_in(
         assert other["cache_salt"] != salt
         plain = await Server(store, None).ask("other", cache_salt="own")
         assert plain.json()["body"]["cache_salt"] == "own"
+
+    run(test())
+
+
+def test_a_request_whose_version_was_removed_while_it_waited_gets_what_its_name_means(
+    store: AdapterStore, adapter: Path, tmp_path: Path
+) -> None:
+    """Whoever removes it offline sees no lease, since nothing of it was in memory yet."""
+    copy = tmp_path / "another"
+    shutil.copytree(adapter, copy)
+    set_alpha(copy, 3)
+    old = store.resolve("other").version.digest
+    store.remove("acme-one", force=True)  # which holds the same version
+
+    async def wait_for(what: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not what():
+                await asyncio.sleep(0.01)
+
+    async def test() -> None:
+        server = Server(store, places=1)
+        server.gate.clear()
+        running = asyncio.create_task(server.ask("base"))
+        await wait_for(lambda: server.num_inside == 1)
+        models = ("other", f"other@sha256:{old}")
+        waiting = [asyncio.create_task(server.ask(model)) for model in models]
+        await wait_for(lambda: server.reception.admission.num_waiting == 2)
+        added = store.add(copy, name="other")
+        store.remove(f"other@sha256:{old}", force=True)
+        assert old in store.collect_garbage().digests
+        server.gate.set()
+        await running
+        by_name, by_digest = await asyncio.gather(*waiting)
+        assert by_name.status_code == 200
+        assert by_name.headers["x-rora-adapter"] == added.public_id
+        assert by_digest.status_code == 404
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("path", "key"), [("/v1/chat/completions", "messages"), ("/v1/responses", "input")]
+)
+def test_names_of_images_are_not_for_clients(store: AdapterStore, path: str, key: str) -> None:
+    """vLLM would answer one tenant from an image that another one sent under the same name."""
+    named = {"type": "image_url", "image_url": {"url": "data:,"}, "uuid": "logo"}
+    text = {"type": "text", "text": "uuid"}
+    said = [{"role": "user", "content": [text, named]}, {"role": "user", "content": "uuid"}, "x"]
+
+    async def test() -> None:
+        body: dict[str, Any] = {key: said}
+        found = (await Server(store, None).ask("other", path=path, **body)).json()["body"]
+        assert found[key][0]["content"] == [text, {k: named[k] for k in ("type", "image_url")}]
+        assert found[key][1:] == said[1:]
 
     run(test())
 
