@@ -104,19 +104,20 @@ class TemplateProcess:
         """
         return self._thread.submit(self._write, template, chat, user)
 
-    def read(self, content: bytes) -> "Future[ChatTemplate]":
+    def read(self, content: bytes, *, user: str = "") -> "Future[ChatTemplate]":
         """Return the template of an adapter, that was tried.
 
+        Args: user: who brought it; "": somebody's first request did not bring it, so nobody.
         Raises: AdapterMismatchError: it does not write what a user says.
         """
-        return self._thread.submit(self._read, content)
+        return self._thread.submit(self._read, content, user)
 
     def close(self) -> None:
         """End the process."""
         self._thread.shutdown(cancel_futures=True)
         self._end()
 
-    def _read(self, content: bytes) -> ChatTemplate:
+    def _read(self, content: bytes, user: str) -> ChatTemplate:
         try:
             text = content.decode()
         except UnicodeDecodeError as error:
@@ -132,7 +133,7 @@ class TemplateProcess:
                 **dict.fromkeys(_SPECIAL_TOKENS, ""),
             }
             try:
-                if _SAID in self._write(text, chat):
+                if _SAID in self._write(text, chat, user):
                     return ChatTemplate(text, content_format)  # type: ignore[arg-type]
             except ChatTemplateError as error:
                 reason = str(error)
@@ -146,7 +147,7 @@ class TemplateProcess:
             budgets[user, None] = _BUDGET_SECONDS_OF_USER
         for key, budget in budgets.items():
             if self._used_until.get(key, begun) - begun >= _BUDGET_WINDOW_SECONDS:
-                who = "it" if key[1] else "the templates of this tenant's chats"
+                who = "it" if key[1] else "this tenant's chat templates"
                 raise ChatTemplateError(
                     f"{who} computed for {budget:g} of the last {_BUDGET_WINDOW_SECONDS:g} s, or "
                     "was ended; send the request again later"

@@ -22,7 +22,7 @@ from rora_serve.catalog import Catalog, Description, describe_fitting
 from rora_serve.side_process import SideProcess
 
 # Refuses a version that is stored and has no name yet, by an error whose text clients may see.
-Admit = Callable[[ResolvedVersion], Awaitable[None]]
+Admit = Callable[[ResolvedVersion, str], Awaitable[None]]  # the latter for whom
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,12 @@ class Intake:
         """
         return await self._process.run(name, _unpack, archive)
 
-    async def take(self, folder: Path, name: str, alias: str) -> ResolvedVersion:
+    async def take(self, folder: Path, name: str, alias: str, *, user: str) -> ResolvedVersion:
         """Let `name` and `alias` of it mean the adapter in `folder`, if nothing refuses it.
 
-        Args: folder: below one of `receiving`, which loses it.
+        Args:
+            folder: below one of `receiving`, which loses it.
+            user: who sent it, whose time trying it out is.
 
         Raises:
             AdapterNameError: as `check_name`.
@@ -114,7 +116,7 @@ class Intake:
         Cost: reads the adapter three times, in another process.
         """
         self.check_name(name, alias)
-        return await self.accept(await self.examine(folder, name), name, alias)
+        return await self.accept(await self.examine(folder, name), name, alias, user=user)
 
     async def examine(self, folder: Path, name: str) -> Arrival:
         """Return what an adapter is, if it keeps every rule and fits: the first half of `take`.
@@ -124,7 +126,9 @@ class Intake:
         job = (self.store.root, folder, self._base)
         return await self._process.run(name, _examine, *job)
 
-    async def accept(self, arrival: Arrival, name: str, alias: str) -> ResolvedVersion:
+    async def accept(
+        self, arrival: Arrival, name: str, alias: str, *, user: str
+    ) -> ResolvedVersion:
         """Admit what was examined, and name it: the second half of `take`.
 
         Raises: AdapterMismatchError, StoreError: as `take`.
@@ -133,7 +137,7 @@ class Intake:
         staged, lease = await asyncio.to_thread(self.store.stage, examined, name)
         try:
             if self._admit is not None:
-                await self._admit(staged)
+                await self._admit(staged, user)
             published = await asyncio.to_thread(self.store.publish, staged, alias)
         except BaseException:
             await asyncio.to_thread(lease.release)

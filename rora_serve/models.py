@@ -196,17 +196,21 @@ class ModelDirectory:
         resolved = await asyncio.to_thread(self.store.resolve, model)
         return await self.open_version(model, resolved)
 
-    async def open_version(self, model: str, resolved: ResolvedVersion) -> ServedAdapter:
+    async def open_version(
+        self, model: str, resolved: ResolvedVersion, *, user: str = ""
+    ) -> ServedAdapter:
         """Return a version as `open` does, whatever its name means now or if it has none yet.
 
-        Args: model: what responses call it.
+        Args:
+            model: what responses call it.
+            user: whose time trying its chat template takes, as in TemplateProcess.
         """
         weights = resolved.version.weights_digest
         served = ServedAdapter(model, resolved, self._ids.setdefault(weights, len(self._ids) + 1))
         self._running[resolved.name, resolved.version.digest] += 1
         try:
             await self._refuse_quarantined(resolved)
-            template = await self._admit(resolved)
+            template = await self._admit(resolved, user)
             served = replace(served, chat_template=template)
             await self.tier.lease(
                 weights,
@@ -310,7 +314,7 @@ class ModelDirectory:
             proof.add_done_callback(end)
             raise
 
-    async def _admit(self, resolved: ResolvedVersion) -> ChatTemplate | None:
+    async def _admit(self, resolved: ResolvedVersion, user: str) -> ChatTemplate | None:
         """Check a version once, and keep it from garbage collection while its weights are here.
 
         Returns: its own chat template.
@@ -320,20 +324,20 @@ class ModelDirectory:
         known = self._admitted.get(digest)
         if known is not None:
             return known.template
-        admitted = await self._checked(resolved)
+        admitted = await self._checked(resolved, user)
         if digest not in self._admitted:
             self._admitted[digest] = admitted
         elif admitted.lease is not None:  # two first requests at once
             admitted.lease.release()
         return admitted.template
 
-    async def _checked(self, resolved: ResolvedVersion) -> "_Admitted":
+    async def _checked(self, resolved: ResolvedVersion, user: str) -> "_Admitted":
         lease = await asyncio.to_thread(self._lease, resolved)
         try:
             content = await asyncio.to_thread(self._base.check, resolved)
             template = None
             if content is not None:
-                template = await asyncio.wrap_future(self.templates.read(content))
+                template = await asyncio.wrap_future(self.templates.read(content, user=user))
             return _Admitted(resolved, lease, template)
         except BaseException:
             if lease is not None:

@@ -49,8 +49,8 @@ class Residents:
     ) -> None:
         self._directory = directory
         self._unload_seconds = unload_seconds
-        # By name and version digest: two names may hold the same version, and each has its pin.
-        self._pins: set[tuple[str, str]] = set()
+        # Weights by name and version digest: two names may hold one version, and each has its pin.
+        self._pins: dict[tuple[str, str], str] = {}
         self._retiring: set[asyncio.Task[None]] = set()
 
     def residency(self, name: str, version: Version) -> Residency:
@@ -69,13 +69,14 @@ class Residents:
         served = await self._open(reference)
         self._directory.close(served, was_answered=True)
 
-    async def try_out(self, staged: ResolvedVersion) -> None:
+    async def try_out(self, staged: ResolvedVersion, user: str) -> None:
         """Load a version that has no name yet, as its first request would: what admits an upload.
 
+        Args: user: whose time its chat template takes.
         Raises: as `ModelDirectory.open`; it leaves memory and store as soon as nothing needs it.
         """
         try:
-            served = await self._directory.open_version(staged.name, staged)
+            served = await self._directory.open_version(staged.name, staged, user=user)
         except BaseException:
             self._begin_to_retire([staged.version])
             raise
@@ -92,16 +93,23 @@ class Residents:
         try:
             if pin not in self._pins:
                 self._directory.tier.pin(version.weights_digest)
-                self._pins.add(pin)
+                self._pins[pin] = version.weights_digest
         finally:
             self._directory.close(served, was_answered=True)
 
     def unpin(self, name: str, versions: Sequence[Version]) -> None:
         """Let versions of a name go like others; those that it does not pin stay as they are."""
-        for version in versions:
-            if (name, version.digest) in self._pins:
-                self._pins.remove((name, version.digest))
-                self._directory.tier.unpin(version.weights_digest)
+        self._end_pins([(name, version.digest) for version in versions])
+
+    def forget(self, name: str) -> None:
+        """End the pins of a name that is gone: somebody removed it from the store beside us."""
+        self._end_pins([pin for pin in self._pins if pin[0] == name])
+
+    def _end_pins(self, pins: Sequence[tuple[str, str]]) -> None:
+        for pin in pins:
+            weights = self._pins.pop(pin, None)
+            if weights is not None:
+                self._directory.tier.unpin(weights)
 
     async def unload(self, name: str, versions: Sequence[Version]) -> None:
         """Unpin versions of a name, wait for its requests and free what they take in memory.

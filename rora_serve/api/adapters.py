@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Path, Query, Response
 
+from adapters import NameRecord
 from adapters.errors import AdapterNotFoundError
 from adapters.names import LATEST, NAME_PATTERN
 from rora_serve.api.errors import ErrorResponse, Refusal
@@ -80,6 +81,13 @@ def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> 
 
 
 def _add_residency(router: APIRouter, residents: Residents, views: Views) -> None:
+    async def record_or_forget(name: str) -> NameRecord:
+        try:
+            return await views.record(name)
+        except Refusal:
+            residents.forget(name)
+            raise
+
     @router.post("/{name}/load", responses=answers(404, 422))
     async def load(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Bring a version, else the latest, into memory, as its first request would."""
@@ -95,7 +103,7 @@ def _add_residency(router: APIRouter, residents: Residents, views: Views) -> Non
         Pins of this name end. Weights that another name uses too stay for it.
         """
         check_manageable(name)
-        record = await views.record(name)
+        record = await record_or_forget(name)
         versions = record.versions if version is None else [record.find(version)]
         await residents.unload(name, versions)
         return await views.card(name)
@@ -112,7 +120,7 @@ def _add_residency(router: APIRouter, residents: Residents, views: Views) -> Non
     async def unpin(name: Name, version: VersionQuery = None) -> AdapterCard:
         """Let a version, else all of the name, make room for others again."""
         check_manageable(name)
-        record = await views.record(name)
+        record = await record_or_forget(name)
         versions = record.versions if version is None else [record.find(version)]
         residents.unpin(name, versions)
         return await views.card(name)

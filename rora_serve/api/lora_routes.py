@@ -122,7 +122,7 @@ async def _import(body: LoadLoraBody, intake: Intake) -> None:
                     f"The lora adapter '{name}' has already been loaded. If you want to load the "
                     "adapter in place, set 'load_inplace' to True."
                 )
-        await intake.accept(arrival, name, LATEST)
+        await intake.accept(arrival, name, LATEST, user=current_tenant.get().name)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -114,7 +114,7 @@ async def _receive_form(
 
     async with intake.receiving() as incoming:
         names = await receive_form(body, content_type, incoming.folder, check)
-        return await intake.take(incoming.folder, *names)
+        return await intake.take(incoming.folder, *names, user=current_tenant.get().name)
 
 
 async def _receive_archive(
@@ -127,7 +127,8 @@ async def _receive_archive(
     async with intake.receiving() as incoming:
         archive = incoming.folder / "archive"
         await _save(body, archive)
-        return await intake.take(await intake.unpack(archive, name), name, alias)
+        folder = await intake.unpack(archive, name)
+        return await intake.take(folder, name, alias, user=current_tenant.get().name)
 
 
 async def _import(body: AsyncIterator[bytes], intake: Intake) -> ResolvedVersion:
@@ -145,7 +146,8 @@ async def _import(body: AsyncIterator[bytes], intake: Intake) -> ResolvedVersion
         raise Refusal(bad_request("path", message))
     async with intake.receiving() as incoming:
         await asyncio.to_thread(incoming.copy, folder)
-        return await intake.take(incoming.folder, wanted.name, wanted.alias)
+        user = current_tenant.get().name
+        return await intake.take(incoming.folder, wanted.name, wanted.alias, user=user)
 
 
 def check_uploadable(name: str, alias: str) -> None:

@@ -66,6 +66,7 @@ class Rights:
     upload: tuple[str, ...] = ()
     manage: tuple[str, ...] = ()
     may_use_base: bool = False
+    name: str = "tenant"
 
     def may_use(self, name: str) -> bool:
         return name in self.use
@@ -86,7 +87,7 @@ class AdapterServer:
     import_folder: Path
     engine: Engine = field(default_factory=Engine)
     capacity: int = 1_000_000
-    admit: Callable[[ResolvedVersion], Any] | None = None
+    admit: Callable[[ResolvedVersion, str], Any] | None = None
     quarantined: dict[str, str] = field(default_factory=dict)  # reasons by version digest
     tenant: Caller | None = None
     is_alive: bool = True
@@ -98,9 +99,9 @@ class AdapterServer:
         self.residents = Residents(self.directory, unload_seconds=UNLOAD_SECONDS)
         self.catalog = Catalog(SHAPES, self.process)
 
-        async def admit(resolved: ResolvedVersion) -> None:
+        async def admit(resolved: ResolvedVersion, user: str) -> None:
             if self.admit is not None:
-                await self.admit(resolved)
+                await self.admit(resolved, user)
 
         self.intake = Intake(
             self.store,

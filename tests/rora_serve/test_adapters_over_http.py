@@ -227,7 +227,7 @@ def test_a_version_that_has_no_name_yet_can_be_opened(place: Place) -> None:
     """So that what admits an upload can ask it something."""
     opened: list[str] = []
 
-    async def admit(resolved: Any) -> None:
+    async def admit(resolved: Any, _: str) -> None:
         with pytest.raises(AdapterNotFoundError):
             await place.server.directory.open("new")
         served = await place.server.directory.open_version("new", resolved)

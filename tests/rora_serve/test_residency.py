@@ -32,6 +32,19 @@ def test_load_pin_unpin_and_unload_move_it_between_the_tiers(place: Place) -> No
     run(ask())
 
 
+def test_a_pin_of_a_name_that_was_removed_beside_the_server_can_end(place: Place) -> None:
+    async def ask() -> None:
+        tier = place.server.directory.tier
+        weights = place.store.resolve("a").version.weights_digest
+        assert (await place.ask("PUT", "/v1/adapters/a/pin")).status_code == 200
+        place.store.remove("a", force=True, besides=place.server.directory.leases())
+        assert tier.tier_of(weights) == "slot"
+        assert (await place.ask("DELETE", "/v1/adapters/a/pin")).status_code == 404
+        assert tier.tier_of(weights) == "host"
+
+    run(ask())
+
+
 def test_an_unload_waits_for_running_requests_and_says_how_many_are_left(place: Place) -> None:
     async def ask() -> None:
         served = [await place.server.running("a") for _ in range(2)]

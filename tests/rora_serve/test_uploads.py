@@ -123,7 +123,7 @@ def test_what_is_not_admitted_is_stored_only_while_it_is_asked(place: Place) -> 
         (place.store.root / "trash").mkdir()
         before = tree(place.store.root)
 
-        async def refuse(staged: ResolvedVersion) -> None:
+        async def refuse(staged: ResolvedVersion, _: str) -> None:
             assert open_artifact(staged.folder).config.lora_alpha == 3
             assert staged.name == "a"
             # Nobody takes it away meanwhile.
@@ -136,7 +136,7 @@ def test_what_is_not_admitted_is_stored_only_while_it_is_asked(place: Place) -> 
         assert "differs by 0.3" in answer.json()["error"]["message"]
         assert tree(place.store.root) == before
 
-        async def fail(_: ResolvedVersion) -> None:
+        async def fail(*_: object) -> None:
             raise RuntimeError("lost the engine")
 
         place.server.admit = fail
