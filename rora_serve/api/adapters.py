@@ -57,7 +57,7 @@ def _add_reading(router: APIRouter, views: Views) -> None:
 def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> None:
     store = directory.store
 
-    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404))
+    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404, 507))
     async def set_alias(name: Name, alias: Alias, body: AliasBody) -> AdapterCard:
         """Let an alias mean a version; running requests end on the one they began with."""
         check_manageable(name)
@@ -65,7 +65,7 @@ def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> 
         await asyncio.to_thread(store.set_alias, f"{name}@{body.version}", alias)
         return await views.card(name)
 
-    @router.post("/{name}/rollback", responses=answers(400, 404, 409))
+    @router.post("/{name}/rollback", responses=answers(400, 404, 409, 507))
     async def roll_back(
         name: Name, body: Annotated[RollbackBody | None, Body()] = None
     ) -> AdapterCard:
@@ -127,7 +127,7 @@ def _add_residency(router: APIRouter, residents: Residents, views: Views) -> Non
 
 
 def _add_removal(router: APIRouter, residents: Residents, views: Views) -> None:
-    @router.delete("/{name}", responses=answers(400, 404, 409))
+    @router.delete("/{name}", responses=answers(400, 404, 409, 507))
     async def remove(
         name: Annotated[
             str, Path(description="of an adapter, or name@sha256:<at least 12 digits>, name@alias")

@@ -84,6 +84,8 @@ _TOO_LARGE = _Answer("The body is too large.")
 _TOO_SLOW = _Answer("The body did not come in time.")
 _RETRY_AFTER = {"retry-after": _header("Seconds.", always=True, kind="integer")}
 _NO_ROOM = _Answer("Too many large bodies are being read.", _RETRY_AFTER)
+_LIMITED = _Answer("A limit of the caller's is reached.", _RETRY_AFTER)
+_LEAVING = _Answer("The server is stopping, or its engine died.")
 _OF_MODELS = {
     400: _Answer("The request says something else than what is expected."),
     404: _Answer("There is no such model, or the caller may not use it."),
@@ -191,6 +193,10 @@ def _answers_in_front(kind: Kind, method: str) -> Iterator[tuple[int, _Answer]]:
         yield 401, _NO_KEY
     if kind is Kind.MODEL:
         yield from _OF_MODELS.items()
+    if kind is Kind.UPLOAD:
+        yield 429, _LIMITED
+    if kind is not Kind.OPEN and method != "get":
+        yield 503, _LEAVING
     if kind is Kind.OWN and method != "get":
         yield 408, _TOO_SLOW
         yield 413, _TOO_LARGE

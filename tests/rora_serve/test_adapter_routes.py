@@ -3,7 +3,9 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from adapters.errors import AdapterMismatchError
 from rora_serve.api.openapi import openapi_document
 from rora_serve.api.reception import RECEPTION_STATE
-from rora_serve.tenants import EVERYBODY
+from rora_serve.tenants import EVERYBODY, Limits
 from tests.conftest import file_limit
 from tests.rora_serve.adapter_server import Place, Rights, form_headers
 from tests.rora_serve.echo_server import write_keys
@@ -52,6 +54,13 @@ for operation, body in (
     plain(operation, 404, method, path.replace("NAME", "nobody"), json=body)
     if method != "GET":
         plain(operation, 413, method, path.replace("NAME", "a"), content=LARGE)
+
+        @case(operation, 503)
+        async def of_the_dead(
+            place: Place, method: str = method, path: str = path, body: object = body
+        ) -> httpx.Response:
+            place.server.is_alive = False
+            return await place.ask(method, path.replace("NAME", "a"), json=body)
 
     @case(operation, 500)
     async def broken(
@@ -127,6 +136,25 @@ async def unload_in_use(place: Place) -> httpx.Response:
     return await place.ask("POST", "/v1/adapters/a/unload")
 
 
+@case("PUT /v1/adapters/{name}/aliases/{alias}", 507)
+async def alias_without_room(place: Place) -> httpx.Response:
+    with file_limit(64):
+        return await place.ask("PUT", "/v1/adapters/a/aliases/stable", json={"version": "latest"})
+
+
+@case("POST /v1/adapters/{name}/rollback", 507)
+async def rollback_without_room(place: Place) -> httpx.Response:
+    with file_limit(64):
+        return await place.ask("POST", "/v1/adapters/a/rollback")
+
+
+@case("DELETE /v1/adapters/{name}", 507)
+async def removal_without_room(place: Place) -> httpx.Response:
+    place.store.set_alias("a@latest", "stable")
+    with file_limit(64):
+        return await place.ask("DELETE", "/v1/adapters/a@stable")
+
+
 @case("DELETE /v1/adapters/{name}", 409)
 async def removal_in_use(place: Place) -> httpx.Response:
     await place.server.running("a")
@@ -179,6 +207,14 @@ async def broken_record(place: Place) -> httpx.Response:
     return await place.server.upload(place.third, "a")
 
 
+@case(UPLOAD, 429)
+async def too_many_uploads(place: Place) -> httpx.Response:
+    limited = replace(EVERYBODY, limits=Limits(requests_per_minute=1))
+    with mock.patch("rora_serve.api.front_door.EVERYBODY", limited):
+        assert (await place.server.upload(place.third, "a")).status_code == 201
+        return await place.server.upload(place.third, "a")
+
+
 @case(UPLOAD, 507)
 async def no_room(place: Place) -> httpx.Response:
     (place.third / "README.md").write_bytes(b"x" * 100_000)
@@ -194,6 +230,15 @@ LOAD, UNLOAD = "POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter"
 def load(place: Place, **keys: object) -> Answer:
     body = {"lora_name": "b", "lora_path": str(place.third), **keys}
     return place.ask("POST", "/v1/load_lora_adapter", json=body)
+
+
+for operation in (UPLOAD, LOAD, UNLOAD):
+
+    @case(operation, 503)
+    async def of_the_stopping(place: Place, operation: str = operation) -> httpx.Response:
+        place.server.is_alive = False
+        method, _, path = operation.partition(" ")
+        return await place.ask(method, path, json={})
 
 
 plain(LOAD, 413, "POST", "/v1/load_lora_adapter", content=LARGE)
@@ -294,11 +339,11 @@ def test_each_answer_is_as_it_is_declared(
     answer = asyncio.run(run())
     assert answer.status_code == status, answer.text
     assert str(place.store.root) not in answer.text
-    if status >= 400 and status != 503:
+    if status >= 400 and operation != "GET /ready":
         error = answer.json()["error"]
         assert {"message", "type", "param", "code"} <= set(error)
         # vLLM's own routes answer in vLLM's words, past the front door.
-        is_vllms = "lora_adapter" in operation and status not in (401, 408, 413, 429)
+        is_vllms = "lora_adapter" in operation and status not in (401, 408, 413, 429, 503)
         assert isinstance(error["code"], int if is_vllms else str)
 
 
