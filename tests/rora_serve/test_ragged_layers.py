@@ -120,10 +120,17 @@ def check(
         result = y.clone()
         layer = make_layer(index, dtype=dtype, num_threads=num_threads, in_features=in_features)
         layer.add_deltas(x, result, batch.tokens)
-        # Relative to the sums: a rank of 128 adds up 128 products.
-        scale = max(1.0, float(np.abs(expected).max()))
-        atol = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}[dtype]
-        np.testing.assert_allclose(result.double(), expected, atol=atol * scale)
+        # The result is rounded by its own size, and sums of either sign by that of what they add
+        # up, which may be many times theirs: four units in the last place of float32.
+        absolute = {
+            key: {place: (np.abs(a), np.abs(b), scaling) for place, (a, b, scaling) in of.items()}
+            for key, of in factors.items()
+        }
+        added_up = expected_output(x.abs(), y.abs(), padded, absolute, index)
+        size = max(1.0, float(np.abs(expected).max()))
+        unit = {torch.float32: 2**-23, torch.float16: 1e-3, torch.bfloat16: 2**-7}[dtype]
+        atol = unit * size + 2**-22 * float(added_up.max())
+        np.testing.assert_allclose(result.double(), expected, atol=atol)
         untouched = [row for row, key in enumerate(padded) if key not in adapters]
         assert torch.equal(result[untouched], y[untouched])
 
