@@ -405,8 +405,9 @@ class _Visit:
         except AdapterNotFoundError:
             # Removed from the store while the request waited, by somebody who could not know of
             # it. Where the name means another version by now, that is what was asked for.
-            again = await asyncio.to_thread(directory.store.resolve, model)
-            served = await directory.open_version(model, again)
+            again = await directory.open(model)
+            assert again is not None, "a base model's name has no version"
+            served = again
         stack.callback(self._close, served)
         return served
 
