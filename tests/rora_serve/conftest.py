@@ -22,6 +22,7 @@ from tests.conftest import LINEAR
 from tests.reference import ATOL
 from tests.rora_serve.adapter_server import Place, make_place
 from tests.rora_serve.node_client import NodeClient, install
+from tests.rora_serve.reaching import listening
 from tests.rora_serve.serving import (
     Continuation,
     Server,
@@ -31,8 +32,16 @@ from tests.rora_serve.serving import (
     running,
     stock_command,
 )
+from tests.rora_serve.span_collector import SpanCollector
 from tests.rora_serve.swapping import make_versions
-from tests.rora_serve.tenant_table import KeyedServer, add_names, write_keys
+from tests.rora_serve.tenant_table import (
+    GRANTS,
+    SPARING,
+    SPARING_GRANT,
+    KeyedServer,
+    add_names,
+    write_keys,
+)
 from tests.workloads import make_random_adapter
 from trainer.allocation import trained_config
 from trainer.config import (
@@ -298,16 +307,20 @@ def stock(
 def keyed_server(
     tmp_path_factory: pytest.TempPathFactory, default_model: Path
 ) -> Iterator[KeyedServer]:
-    """A server with tenants, an adapter for each name of their table."""
+    """A server with tenants, an adapter for each name of their table, that sends its traces."""
     root = tmp_path_factory.mktemp("keyed")
     store = AdapterStore(root / "store")
     add_names(store, root / "made", default_model)
-    keys = write_keys(root / "keys.toml")
-    port = free_port()
-    own, page = ["--keys", str(root / "keys.toml")], ["--allowed-origins", '["http://page"]']
-    command = our_command(store.root, port, own, vllm_options=page)
-    with running(command, port, root / "log") as server:
-        yield KeyedServer(server, store, keys)
+    keys = write_keys(root / "keys.toml", GRANTS | {SPARING: SPARING_GRANT})
+    port, collector = free_port(), SpanCollector()
+    own = ["--keys", str(root / "keys.toml")]
+    with listening(collector) as traces:
+        vllm_options = ["--allowed-origins", '["http://page"]', "--otlp-traces-endpoint", traces]
+        command = our_command(store.root, port, own, vllm_options=vllm_options)
+        exporting = ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf"]
+        exporting += ["OTEL_BSP_SCHEDULE_DELAY=200"]  # milliseconds, not 5 s
+        with running(["env", *exporting, *command], port, root / "log") as server:
+            yield KeyedServer(server, store, collector, keys)
 
 
 @pytest.fixture(scope="package")

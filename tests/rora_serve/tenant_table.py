@@ -10,6 +10,7 @@ from adapters.names import DEFAULT_MODEL_NAME as BASE
 from rora_serve.tenants import key_lines, new_key
 from tests.rora_serve.adapter_server import form
 from tests.rora_serve.serving import Server
+from tests.rora_serve.span_collector import SpanCollector
 from tests.workloads import make_random_adapter
 
 Right = Literal["use", "upload", "manage"]
@@ -22,6 +23,9 @@ GRANTS = {
     "initech": 'manage = ["globex-*"]\nupload = ["shared-*"]\nbase = false',
     "guest": "",
 }
+# Of a tenant that is in no table: it may ask for anything, and has short answers.
+SPARING = "sparing"
+SPARING_GRANT = 'use = ["*"]\nmax_tokens = 2'
 # What follows from it, by hand; what is not here is not allowed.
 NAMES = ("acme-one", "globex-one", "shared-one", "text", "image")
 ALL: tuple[Right, ...] = ("use", "upload", "manage")
@@ -143,10 +147,14 @@ CROSSING = (
 
 @dataclass(frozen=True)
 class KeyedServer:
-    """A server with the tenants above, and their keys."""
+    """A server with the tenants above, and their keys.
+
+    collector: of its traces.
+    """
 
     server: Server
     store: AdapterStore
+    collector: SpanCollector
     keys: Mapping[str, str] = field(repr=False)
 
     def bearer(self, tenant: str) -> dict[str, str]:

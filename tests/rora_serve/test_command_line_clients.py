@@ -47,15 +47,28 @@ def chat(**options: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 16, **options}
 
 
+def ask(server: Server, **options: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(curl(server, CHAT, body=chat(**options)))
+    return answer
+
+
+def texts_of(answer: dict[str, Any]) -> list[str]:
+    return [choice["message"]["content"] for choice in answer["choices"]]
+
+
 def test_curl_chats_and_streams_the_same(server: Server) -> None:
-    whole = json.loads(curl(server, CHAT, body=chat()))
+    whole = ask(server)
     assert whole["model"] == MODEL
-    lines = curl(server, CHAT, body=chat(stream=True)).splitlines()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    lines = curl(server, CHAT, body=chat(**options)).splitlines()
     assert set(lines[1::2]) == {""}
-    *chunks, last = [line.removeprefix("data: ") for line in lines[::2]]
-    assert last == "[DONE]"
-    deltas = [json.loads(chunk)["choices"][0]["delta"].get("content", "") for chunk in chunks]
-    assert "".join(deltas) == whole["choices"][0]["message"]["content"]
+    *events, end = [line.removeprefix("data: ") for line in lines[::2]]
+    assert end == "[DONE]"
+    *chunks, last = map(json.loads, events)
+    deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert ["".join(deltas)] == texts_of(whole)
+    assert last["choices"] == []
+    assert last["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
 
 
 def test_curl_lists_and_retrieves_models(server: Server) -> None:
@@ -64,18 +77,47 @@ def test_curl_lists_and_retrieves_models(server: Server) -> None:
     assert json.loads(curl(server, "/v1/models/lora-8"))["id"] == "lora-8"
 
 
+def test_curl_gets_log_probs_and_usage(server: Server) -> None:
+    answer = ask(server, logprobs=True, top_logprobs=2, ignore_eos=True)
+    tokens = answer["choices"][0]["logprobs"]["content"]
+    usage = answer["usage"]
+    assert len(tokens) == usage["completion_tokens"] == 16
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    for token in tokens:
+        first, second = token["top_logprobs"]
+        assert (token["token"], token["logprob"]) == (first["token"], first["logprob"])
+        assert first["logprob"] >= second["logprob"]
+
+
+def test_curl_gets_several_choices_a_seed_and_stops_heeded(server: Server) -> None:
+    sampling = {"n": 3, "temperature": 1, "seed": 7}
+    first = texts_of(ask(server, **sampling))
+    assert len(set(first)) == 3
+    assert texts_of(ask(server, **sampling)) == first
+    (text,) = texts_of(ask(server))
+    stopped = ask(server, stop=text[8:11])
+    assert texts_of(stopped) == [text[: text.index(text[8:11])]]
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+
+
 def test_curl_gets_schemas_and_tools_kept(server: Server) -> None:
     schema = {"name": "place", "schema": PLACE}
-    body = chat(response_format={"type": "json_schema", "json_schema": schema}, max_tokens=100)
-    answer = json.loads(curl(server, CHAT, body=body))
-    assert set(json.loads(answer["choices"][0]["message"]["content"])) == {"city", "is_capital"}
+    response_format = {"type": "json_schema", "json_schema": schema}
+    (text,) = texts_of(ask(server, response_format=response_format, max_tokens=100))
+    assert set(json.loads(text)) == {"city", "is_capital"}
     function = {"name": "look_up", "strict": True, "parameters": PLACE}
     tools = [{"type": "function", "function": function}]
-    answer = json.loads(
-        curl(server, CHAT, body=chat(tools=tools, tool_choice="required", max_tokens=200))
-    )
-    for call in answer["choices"][0]["message"]["tool_calls"]:
+    answer = ask(server, tools=tools, tool_choice="required", max_tokens=200)
+    message = answer["choices"][0]["message"]
+    assert message["tool_calls"]
+    for call in message["tool_calls"]:
         assert set(json.loads(call["function"]["arguments"])) == {"city", "is_capital"}
+    results = [
+        {"role": "tool", "tool_call_id": call["id"], "content": "found"}
+        for call in message["tool_calls"]
+    ]
+    (text,) = texts_of(ask(server, messages=[*MESSAGES, message, *results]))
+    assert text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""A real server with keys and traces: what it keeps apart, declares and tells."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters.names import DEFAULT_MODEL_NAME as BASE
+from tests.rora_serve.tenant_table import SPARING, KeyedServer
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+CONFIG = Path(__file__).with_name("schemathesis.toml")
+VLLMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
+BLOCK = 128  # tokens: what the CPU's cache of prefixes keeps together
+
+
+@pytest.fixture(scope="module")
+def client(keyed_server: KeyedServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=keyed_server.server.url, timeout=60) as client:
+        yield client
+
+
+def line_of(keyed: KeyedServer, request_id: str) -> dict[str, Any]:
+    """Return the line of the log about a request, which comes when it has ended."""
+    for _ in range(100):
+        for line in keyed.server.log.read_text(errors="replace").splitlines():
+            if line.startswith("{") and json.loads(line)["request_id"] == request_id:
+                found: dict[str, Any] = json.loads(line)
+                return found
+        time.sleep(0.05)
+    raise AssertionError("the request has no line")
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "second"), [("shared-one", "acme", "globex"), (BASE, "acme", "guest")]
+)
+def test_a_tenants_prefix_is_in_nobody_elses_cache(
+    keyed_server: KeyedServer, client: httpx.Client, model: str, first: str, second: str
+) -> None:
+    prompt = [(7 * place) % 4000 + 50 for place in range(2 * BLOCK + 10)]
+
+    def cached(tenant: str, request_id: str, **options: str) -> int:
+        headers = {**keyed_server.bearer(tenant), "x-request-id": request_id}
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, **options}
+        answer = client.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        return int(line_of(keyed_server, request_id)["cached_tokens"])
+
+    assert cached(first, f"{model}-1") == 0
+    assert cached(first, f"{model}-2") == 2 * BLOCK
+    assert cached(second, f"{model}-3") == 0
+    assert cached(second, f"{model}-4") == 2 * BLOCK
+    # A client's own salt parts its prefixes further, and brings it to nobody else's.
+    assert cached(first, f"{model}-5", cache_salt="mine") == 0
+    assert cached(second, f"{model}-6", cache_salt="mine") == 0
+
+
+def test_a_request_has_one_span_under_its_clients_trace(
+    keyed_server: KeyedServer, client: httpx.Client
+) -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    headers = {
+        **keyed_server.bearer("acme"),
+        "traceparent": f"00-{trace}-{parent}-01",
+        "x-request-id": "traced",
+    }
+    body = {"model": "acme-one", "prompt": "Hi", "max_tokens": 3, "ignore_eos": True}
+    assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
+    span = keyed_server.collector.of_trace(trace)
+    assert span.parent_id == parent
+    assert "traced" in span.attributes["gen_ai.request.id"]
+    assert span.attributes["gen_ai.usage.completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("path", VLLMS)
+def test_vllms_own_routes_answer_what_the_document_declares(
+    keyed_server: KeyedServer, tmp_path: Path, path: str
+) -> None:
+    """What they take and refuse besides what their schemas say is left out in the configuration."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'headers = {{ authorization = "Bearer {keyed_server.keys[SPARING]}" }}\n')
+    with config.open("a") as file:
+        file.write(CONFIG.read_text())
+    command = ["-m", "schemathesis.cli", "--config-file", str(config), "run", "--no-color"]
+    options = ["--include-name", f"POST {path}", "--max-examples", "20"]
+    # Not "coverage": it has more than ten thousand cases for the schema of responses alone.
+    options += ["--phases", "examples,fuzzing"]
+    found = subprocess.run(
+        [sys.executable, *command, *options, f"{keyed_server.server.url}/openapi.json"],
+        cwd=tmp_path, capture_output=True, encoding="utf-8", errors="replace", timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
