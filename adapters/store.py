@@ -266,15 +266,13 @@ class AdapterStore:
         self._existing(name)
         with self._locked():
             history = self._existing(name)
-            history.record.find(alias)
-            previous = history.previous(alias)
-            if previous is None:
-                raise AdapterNotFoundError(
-                    f"adapter {name!r}: alias {alias!r} has no earlier version to go back to"
-                )
-            version = history.record.version(previous)
-            self._names.write(history.moved(alias, previous, action="rollback", at=_now()))
+            version = _before(history, alias)
+            self._names.write(history.moved(alias, version.digest, action="rollback", at=_now()))
         return self.resolved(name, version)
+
+    def before(self, name: str, alias: str = LATEST) -> Version:
+        """Return what a rollback would go to. Raises: as `rollback`."""
+        return _before(self._existing(name), alias)
 
     def remove(
         self, reference: str, *, force: bool = False, besides: Collection[Lease] = ()
@@ -439,6 +437,17 @@ def verify(resolved: ResolvedVersion) -> None:
     """
     if digests_of(resolved.folder) != (resolved.version.weights_digest, resolved.version.digest):
         raise ArtifactError(f"{resolved.folder}: {CHANGED}")
+
+
+def _before(history: NameHistory, alias: str) -> Version:
+    """Return what an alias meant before it meant what it does."""
+    history.record.find(alias)
+    previous = history.previous(alias)
+    if previous is None:
+        raise AdapterNotFoundError(
+            f"adapter {history.record.name!r}: alias {alias!r} has no earlier version to go back to"
+        )
+    return history.record.version(previous)
 
 
 def _now() -> int:

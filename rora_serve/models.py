@@ -8,10 +8,11 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from adapters import AdapterStore, ResolvedVersion, Version
 from adapters.base_model import chat_template
@@ -33,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 # A request whose client hung up keeps its adapter this long; vLLM takes milliseconds to give it up.
 _ABORT_SECONDS = 5.0
+_READING_THREADS = 4
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,9 @@ class ModelDirectory:
         self._admitted: dict[str, _Admitted] = {}
         # By name and version digest: two names may hold the same version.
         self._running: Counter[tuple[str, str]] = Counter()
+        # What requests read is small, and may still wait for a slow disk, but not for asyncio's own
+        # threads, all of which uploads and imports may keep busy.
+        self._threads = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="reading")
 
     async def open(self, model: str) -> ServedAdapter | None:
         """Return the adapter that `model` means, in the engine until `close`; None is the base.
@@ -192,9 +200,11 @@ class ModelDirectory:
         """
         if model in self.base_names:
             return None
-        # Reading a name is one small file; it may still wait for a slow disk.
-        resolved = await asyncio.to_thread(self.store.resolve, model)
-        return await self.open_version(model, resolved)
+        return await self.open_version(model, await self.resolve(model))
+
+    async def resolve(self, model: str) -> ResolvedVersion:
+        """Return the version that `model` means now. Raises: as `AdapterStore.resolve`."""
+        return await self._read(self.store.resolve, model)
 
     async def open_version(
         self, model: str, resolved: ResolvedVersion, *, user: str = ""
@@ -332,9 +342,9 @@ class ModelDirectory:
         return admitted.template
 
     async def _checked(self, resolved: ResolvedVersion, user: str) -> "_Admitted":
-        lease = await asyncio.to_thread(self._lease, resolved)
+        lease = await self._read(self._lease, resolved)
         try:
-            content = await asyncio.to_thread(self._base.check, resolved)
+            content = await self._read(self._base.check, resolved)
             template = None
             if content is not None:
                 template = await asyncio.wrap_future(self.templates.read(content, user=user))
@@ -343,6 +353,9 @@ class ModelDirectory:
             if lease is not None:
                 lease.release()
             raise
+
+    async def _read(self, read: Callable[[Argument], Result], argument: Argument) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, read, argument)
 
     def _lease(self, resolved: ResolvedVersion) -> Lease | None:
         try:

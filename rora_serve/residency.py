@@ -5,13 +5,14 @@ What requests need, rora_serve.models brings in by itself.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from adapters import ResolvedVersion, Version
 from adapters.errors import AdapterNotFoundError, ResidencyError
 from rora_serve.host_tier import Tier
-from rora_serve.models import ModelDirectory, ServedAdapter
+from rora_serve.models import ModelDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +62,45 @@ class Residents:
             self._directory.num_running(name, [version]),
         )
 
-    async def load(self, reference: str) -> None:
-        """Bring what `reference` means into the engine, as its first request would.
+    @asynccontextmanager
+    async def serving(self, reference: str) -> AsyncIterator[ResolvedVersion]:
+        """Have what `reference` means in the engine while the body of the `with` runs.
 
+        It is brought there, and proven, as its first request would.
         Raises: as `ModelDirectory.open`; AdapterNotFoundError: it is the base model.
         """
-        served = await self._open(reference)
-        self._directory.close(served, was_answered=True)
+        served = await self._directory.open(reference)
+        if served is None:
+            raise AdapterNotFoundError(f"{reference}: the base model, an adapter is expected")
+        try:
+            yield served.resolved
+        finally:
+            self._directory.close(served, was_answered=True)
+
+    async def load(self, reference: str) -> None:
+        """Bring what `reference` means into the engine. Raises: as `serving`."""
+        async with self.serving(reference):
+            pass
+
+    async def move(self, name: str, wanted: str, alias: str) -> None:
+        """Let an alias of a name mean a version, once the engine has it.
+
+        Args: wanted: the version, as after `name@`.
+        Raises: as `serving`, and as `AdapterStore.set_alias`; the alias stays as it was.
+        """
+        async with self.serving(f"{name}@{wanted}") as resolved:
+            reference = f"{name}@sha256:{resolved.version.digest}"
+            await asyncio.to_thread(self._directory.store.set_alias, reference, alias)
+
+    async def roll_back(self, name: str, alias: str) -> None:
+        """Let an alias mean what it meant before, once the engine has that.
+
+        Raises: as `serving`, and as `AdapterStore.rollback`; the alias stays as it was.
+        """
+        store = self._directory.store
+        before = await asyncio.to_thread(store.before, name, alias)
+        async with self.serving(f"{name}@sha256:{before.digest}"):
+            await asyncio.to_thread(store.rollback, name, alias)
 
     async def try_out(self, staged: ResolvedVersion, user: str) -> None:
         """Load a version that has no name yet, as its first request would: what admits an upload.
@@ -87,15 +120,12 @@ class Residents:
 
         Raises: as `load`; ResidencyError: too much would be pinned.
         """
-        served = await self._open(reference)
-        version = served.resolved.version
-        pin = (served.resolved.name, version.digest)
-        try:
+        async with self.serving(reference) as resolved:
+            weights = resolved.version.weights_digest
+            pin = (resolved.name, resolved.version.digest)
             if pin not in self._pins:
-                self._directory.tier.pin(version.weights_digest)
-                self._pins[pin] = version.weights_digest
-        finally:
-            self._directory.close(served, was_answered=True)
+                self._directory.tier.pin(weights)
+                self._pins[pin] = weights
 
     def unpin(self, name: str, versions: Sequence[Version]) -> None:
         """Let versions of a name go like others; those that it does not pin stay as they are."""
@@ -174,9 +204,3 @@ class Residents:
                 await asyncio.to_thread(self._directory.store.discard, version.digest)
             except Exception:  # nobody waits; what stays is evicted, or collected as garbage
                 logger.exception("freeing sha256:%s", version.digest)
-
-    async def _open(self, reference: str) -> ServedAdapter:
-        served = await self._directory.open(reference)
-        if served is None:
-            raise AdapterNotFoundError(f"{reference}: the base model, an adapter is expected")
-        return served

@@ -1,13 +1,12 @@
 """Routes that show adapters, move their aliases, load, pin, unload and remove them."""
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Path, Query, Response
 
 from adapters import NameRecord
 from adapters.errors import AdapterNotFoundError
-from adapters.names import LATEST, NAME_PATTERN
+from adapters.names import LATEST, NAME_PATTERN, check_alias
 from rora_serve.api.errors import ErrorResponse, Refusal
 from rora_serve.api.protocol import (
     AdapterCard,
@@ -19,7 +18,6 @@ from rora_serve.api.protocol import (
 )
 from rora_serve.api.routing import OurRoute, answers
 from rora_serve.api.views import Views, check_manageable, check_visible
-from rora_serve.models import ModelDirectory
 from rora_serve.residency import Residents
 
 Name = Annotated[str, Path(description="name of an adapter")]
@@ -31,11 +29,11 @@ VersionQuery = Annotated[
 ]
 
 
-def make_adapter_router(directory: ModelDirectory, residents: Residents, views: Views) -> APIRouter:
+def make_adapter_router(residents: Residents, views: Views) -> APIRouter:
     """Return the routes below /v1/adapters, but for the upload."""
     router = APIRouter(route_class=OurRoute, prefix="/v1/adapters", tags=["adapters"])
     _add_reading(router, views)
-    _add_aliases(router, directory, views)
+    _add_aliases(router, residents, views)
     _add_residency(router, residents, views)
     _add_removal(router, residents, views)
     return router
@@ -54,27 +52,32 @@ def _add_reading(router: APIRouter, views: Views) -> None:
         return await views.detail(name, version)
 
 
-def _add_aliases(router: APIRouter, directory: ModelDirectory, views: Views) -> None:
-    store = directory.store
-
-    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404, 507))
+def _add_aliases(router: APIRouter, residents: Residents, views: Views) -> None:
+    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404, 422, 507))
     async def set_alias(name: Name, alias: Alias, body: AliasBody) -> AdapterCard:
-        """Let an alias mean a version; running requests end on the one they began with."""
+        """Let an alias mean a version, once that is in memory and can be served.
+
+        Running requests end on the version they began with.
+        """
         check_manageable(name)
+        check_alias(alias)
         await views.record(name)
-        await asyncio.to_thread(store.set_alias, f"{name}@{body.version}", alias)
+        await residents.move(name, body.version, alias)
         return await views.card(name)
 
-    @router.post("/{name}/rollback", responses=answers(400, 404, 409, 507))
+    @router.post("/{name}/rollback", responses=answers(400, 404, 409, 422, 507))
     async def roll_back(
         name: Name, body: Annotated[RollbackBody | None, Body()] = None
     ) -> AdapterCard:
-        """Let an alias mean what it meant before; a second time goes one step further back."""
+        """Let an alias mean what it meant before, once that is in memory and can be served.
+
+        A second time goes one step further back.
+        """
         check_manageable(name)
         alias = LATEST if body is None else body.alias
         (await views.record(name)).find(alias)
         try:
-            await asyncio.to_thread(store.rollback, name, alias)
+            await residents.roll_back(name, alias)
         except AdapterNotFoundError as error:
             raise Refusal(ErrorResponse(409, str(error), "no_earlier_version")) from error
         return await views.card(name)

@@ -345,8 +345,7 @@ class _Visit:
         # Before it waits, so that names that nobody has wait nowhere.
         resolved = None
         if not is_base:
-            # Reading a name is one small file; it may still wait for a slow disk.
-            resolved = await asyncio.to_thread(directory.store.resolve, model or "")
+            resolved = await directory.resolve(model or "")
         record.adapter = name
         is_cold = False
         if resolved is not None:

@@ -41,7 +41,7 @@ def make_routes(
     """
     routers = (
         make_router(directory, started=started, is_ready=is_ready),
-        make_adapter_router(directory, residents, views),
+        make_adapter_router(residents, views),
         make_upload_router(intake, views, max_upload_bytes=max_upload_bytes),
         make_lora_router(directory, residents, intake),
     )
@@ -103,7 +103,7 @@ def make_router(
         if is_base:
             return _base_card(model, started)
         try:
-            resolved = await asyncio.to_thread(directory.store.resolve, model)
+            resolved = await directory.resolve(model)
         except AdapterNotFoundError as error:
             raise Refusal(model_not_found(model)) from error
         record = NameRecord(model, (resolved.version,), {"latest": resolved.version.digest})

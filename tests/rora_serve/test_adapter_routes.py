@@ -124,6 +124,18 @@ async def pin_refused(place: Place) -> httpx.Response:
     return await place.ask("PUT", "/v1/adapters/a/pin")
 
 
+@case("PUT /v1/adapters/{name}/aliases/{alias}", 422)
+async def move_refused(place: Place) -> httpx.Response:
+    place.server.engine.errors.append(AdapterMismatchError("no such layer"))
+    return await place.ask("PUT", "/v1/adapters/a/aliases/stable", json={"version": "latest"})
+
+
+@case("POST /v1/adapters/{name}/rollback", 422)
+async def rollback_refused(place: Place) -> httpx.Response:
+    place.server.engine.errors.append(AdapterMismatchError("no such layer"))
+    return await place.ask("POST", "/v1/adapters/a/rollback")
+
+
 @case("PUT /v1/adapters/{name}/pin", 409)
 async def pins_full(place: Place) -> httpx.Response:
     place.server.directory.tier.capacity = place.store.record("a").latest.num_bytes

@@ -32,6 +32,36 @@ def test_load_pin_unpin_and_unload_move_it_between_the_tiers(place: Place) -> No
     run(ask())
 
 
+def test_an_alias_moves_to_what_the_engine_has_and_stays_where_that_is_refused(
+    place: Place,
+) -> None:
+    async def ask() -> None:
+        engine, path = place.server.engine, "/v1/adapters/a"
+        before = dict(place.store.record("a").aliases)
+        stable = {"version": place.first}
+        for method, route, body in (
+            ("PUT", f"{path}/aliases/latest", stable),
+            ("PUT", f"{path}/aliases/stable", stable),
+            ("POST", f"{path}/rollback", None),
+        ):
+            engine.errors.append(AdapterMismatchError("no such layer"))
+            answer = await place.ask(method, route, json=body)
+            assert (answer.status_code, engine.held) == (422, {}), answer.text
+            assert "no such layer" in answer.json()["error"]["message"]
+            assert dict(place.store.record("a").aliases) == before
+        answer = await place.ask("PUT", f"{path}/aliases/stable", json=stable)
+        assert answer.status_code == 200
+        held = [resolved.version.digest for resolved in engine.held.values()]
+        assert held == [place.store.resolve("a@stable").version.digest]
+        assert (await place.ask("POST", f"{path}/rollback")).status_code == 200
+        assert place.store.resolve("a").version.digest == held[0]
+        # Nothing keeps it there: it makes room like others.
+        assert (await place.ask("POST", f"{path}/unload")).status_code == 200
+        assert engine.held == {}
+
+    run(ask())
+
+
 def test_a_pin_of_a_name_that_was_removed_beside_the_server_can_end(place: Place) -> None:
     async def ask() -> None:
         tier = place.server.directory.tier
