@@ -22,6 +22,7 @@ Figures, milliseconds:
 
 import argparse
 import asyncio
+import gc
 import os
 import statistics
 import tempfile
@@ -123,6 +124,9 @@ def main() -> None:
             vllm_options=["--max-model-len", str(2 * STREAM_TOKENS)],
         )
         with running(command, port, scratch / "log") as server:
+            # This process's own garbage collections, of up to 80 ms, would be gaps of the server.
+            gc.collect()
+            gc.freeze()
             figures = measure(server, store, names, folders)
     write_row("bench_load", figures, PACKAGES)
 

@@ -187,17 +187,17 @@ class Gated:
     def largest_difference(self, found: Continuation) -> float:
         """Over the top log-probs of every generated token; the served tokens are the context."""
         logits = self._base(torch.tensor([found.prompt + found.tokens])).logits[0]
-        return difference_of_log_probs(logits.log_softmax(-1), found)
+        return max(differences_of_log_probs(logits.log_softmax(-1), found))
 
 
-def difference_of_log_probs(log_probs: torch.Tensor, found: Continuation) -> float:
-    """Return the largest difference; log_probs: [tokens, vocabulary] of prompt and answer."""
+def differences_of_log_probs(log_probs: torch.Tensor, found: Continuation) -> list[float]:
+    """Return how far apart they are; log_probs: [tokens, vocabulary] of prompt and answer."""
     first = len(found.prompt) - 1
-    return max(
+    return [
         abs(float(log_probs[first + step, token]) - value)
         for step, top in enumerate(found.top_log_probs)
         for token, value in top.items()
-    )
+    ]
 
 
 @pytest.fixture(scope="package")
@@ -307,7 +307,7 @@ def stock(
 def keyed_server(
     tmp_path_factory: pytest.TempPathFactory, default_model: Path
 ) -> Iterator[KeyedServer]:
-    """A server with tenants, an adapter for each name of their table, that sends its traces."""
+    """A server with tenants, an adapter for each name of their table, in bfloat16, with traces."""
     root = tmp_path_factory.mktemp("keyed")
     store = AdapterStore(root / "store")
     add_names(store, root / "made", default_model)
@@ -315,7 +315,8 @@ def keyed_server(
     port, collector = free_port(), SpanCollector()
     own = ["--keys", str(root / "keys.toml")]
     with listening(collector) as traces:
-        vllm_options = ["--allowed-origins", '["http://page"]', "--otlp-traces-endpoint", traces]
+        page = ["--allowed-origins", '["http://page"]']
+        vllm_options = ["--dtype", "bfloat16", "--otlp-traces-endpoint", traces, *page]
         command = our_command(store.root, port, own, vllm_options=vllm_options)
         exporting = ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf"]
         exporting += ["OTEL_BSP_SCHEDULE_DELAY=200"]  # milliseconds, not 5 s
@@ -349,9 +350,13 @@ class Oracle:
                 self._model.load_adapter(str(adapters[name]), adapter_name=name)
         self._model.eval()
 
-    @torch.no_grad()
     def largest_difference(self, name: str, found: Continuation) -> float:
         """Over the top log-probs of every generated token; the served tokens are the context."""
+        return max(self.differences(name, found))
+
+    @torch.no_grad()
+    def differences(self, name: str, found: Continuation) -> list[float]:
+        """Return those of the top log-probs of every generated token."""
         ids = torch.tensor([found.prompt + found.tokens])
         model: Any = self._model
         if name == BASE:
@@ -360,7 +365,7 @@ class Oracle:
         else:
             model.set_adapter(name)
             logits = model(ids).logits[0]
-        return difference_of_log_probs(logits.log_softmax(-1), found)
+        return differences_of_log_probs(logits.log_softmax(-1), found)
 
 
 @pytest.fixture(scope="package")

@@ -140,12 +140,16 @@ def check_soft_stop(server: Server, model: str) -> None:
 
 
 def ask_together(
-    server: Server, requests: Sequence[tuple[str, tuple[int, ...]]], *, num_tokens: int
+    server: Server,
+    requests: Sequence[tuple[str, tuple[int, ...]]],
+    *,
+    num_tokens: int,
+    key: str = "none",
 ) -> list[Continuation]:
     """Ask for greedy continuations of (model, prompt) all at once, so that they share batches."""
 
     async def ask_all() -> list[Continuation]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
             return await asyncio.gather(
                 *(_ask(client, model, prompt, num_tokens) for model, prompt in requests)
             )

@@ -1,10 +1,12 @@
 """A real server with keys and traces: what it keeps apart, declares and tells."""
 
 import json
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ import httpx
 import pytest
 
 from adapters.names import DEFAULT_MODEL_NAME as BASE
-from tests.rora_serve.tenant_table import SPARING, KeyedServer
+from adapters.tolerance import TOLERANCES
+from tests.rora_serve.conftest import Oracle
+from tests.rora_serve.serving import ask_together
+from tests.rora_serve.tenant_table import NAMES, SPARING, KeyedServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -77,6 +82,32 @@ def test_a_request_has_one_span_under_its_clients_trace(
     assert span.parent_id == parent
     assert "traced" in span.attributes["gen_ai.request.id"]
     assert span.attributes["gen_ai.usage.completion_tokens"] == 3
+
+
+def test_in_bfloat16_each_adapter_answers_as_peft_does(
+    keyed_server: KeyedServer, default_model: Path, prompts: list[tuple[int, ...]]
+) -> None:
+    """All in one batch, beside PEFT in float32; the control is to take another adapter's."""
+    folders = {name: keyed_server.store.resolve(name).folder for name in NAMES}
+    oracle = Oracle(default_model, folders)
+    models = [BASE, *NAMES]
+    found = ask_together(
+        keyed_server.server,
+        [(model, prompt) for prompt in prompts for model in models],
+        num_tokens=8,
+        key=keyed_server.keys["operator"],
+    )
+    for at, model in enumerate(models):
+        answers = found[at :: len(models)]
+
+        means = {
+            name: statistics.mean(chain(*(oracle.differences(name, each) for each in answers)))
+            for name in models
+        }
+        own = means.pop(model)
+        print("mean difference in bfloat16:", model, own, "of others:", min(means.values()))
+        assert own < TOLERANCES["bfloat16"].mean
+        assert min(means.values()) > 2 * own
 
 
 @pytest.mark.parametrize("path", VLLMS)
