@@ -9,8 +9,10 @@ RoraError
 │       └── QuarantinedError               its probe is not answered as it was trained
 ├── AdapterNameError (ValueError)          a name that breaks the grammar or is reserved
 ├── AdapterNotFoundError (LookupError)     a name, alias or digest that the store does not hold
+│   └── NoEarlierVersionError              an alias that has not meant anything else
 ├── StoreError (OSError)                   the store's own files
 │   ├── StoreConflictError                 a change that an alias, a version or a lease forbids
+│   ├── AliasMovedError                    an alias that somebody else moved meanwhile
 │   └── StoreFullError                     no room for what is to be written
 ├── ResidencyError (RuntimeError)          memory for adapters: what requests or pins still need
 ├── PreloadError (RuntimeError)            adapters without which a server was told not to be ready
@@ -74,12 +76,20 @@ class AdapterNotFoundError(RoraError, LookupError):
     """No adapter has this name, alias or digest."""
 
 
+class NoEarlierVersionError(AdapterNotFoundError):
+    """An alias can not be rolled back: it has not meant anything else."""
+
+
 class StoreError(RoraError, OSError):
     """The store's own files are missing, broken or can not be written."""
 
 
 class StoreConflictError(StoreError):
     """A change of the store is not made while something in it stands against it."""
+
+
+class AliasMovedError(StoreError):
+    """An alias means something else than when its move began, and stays so."""
 
 
 class StoreFullError(StoreError):

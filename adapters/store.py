@@ -20,7 +20,14 @@ from filelock import FileLock, Timeout
 
 from adapters.artifact import read_folder
 from adapters.digest import CHANGED
-from adapters.errors import AdapterNotFoundError, ArtifactError, RoraError, StoreError
+from adapters.errors import (
+    AdapterNotFoundError,
+    AliasMovedError,
+    ArtifactError,
+    NoEarlierVersionError,
+    RoraError,
+    StoreError,
+)
 from adapters.examination import Examined, version_of
 from adapters.name_files import NameFiles
 from adapters.names import (
@@ -242,12 +249,18 @@ class AdapterStore:
 
     # Names and aliases.
 
-    def set_alias(self, reference: str, alias: str) -> ResolvedVersion:
+    def set_alias(
+        self, reference: str, alias: str, *, instead_of: Collection[str | None] | None = None
+    ) -> ResolvedVersion:
         """Let `alias` of a name mean the version that `reference` means.
+
+        Args: instead_of: digests of versions that it may mean by now, None for no version; left
+            out, it may mean anything.
 
         Raises:
             AdapterNameError: `alias` breaks the grammar.
             AdapterNotFoundError: no such name or version.
+            AliasMovedError: it means something else.
         """
         check_alias(alias)
         name, at, wanted = reference.partition("@")
@@ -255,18 +268,27 @@ class AdapterStore:
         with self._locked():
             history = self._existing(name)
             version = history.record.latest if not at else history.record.find(wanted)
+            if instead_of is not None and history.record.aliases.get(alias) not in instead_of:
+                raise _moved(name, alias)
             self._names.write(history.moved(alias, version.digest, action="alias", at=_now()))
         return self.resolved(name, version)
 
-    def rollback(self, name: str, alias: str = LATEST) -> ResolvedVersion:
+    def rollback(self, name: str, alias: str = LATEST, *, to: str | None = None) -> ResolvedVersion:
         """Let `alias` mean what it meant before; a second rollback goes one step further back.
 
-        Raises: AdapterNotFoundError: no such name or alias, or it has not meant anything else.
+        Args: to: digest of the version that this has to be.
+
+        Raises:
+            AdapterNotFoundError: no such name or alias.
+            NoEarlierVersionError: it has not meant anything else.
+            AliasMovedError: it is another version.
         """
         self._existing(name)
         with self._locked():
             history = self._existing(name)
             version = _before(history, alias)
+            if to is not None and version.digest != to:
+                raise _moved(name, alias)
             self._names.write(history.moved(alias, version.digest, action="rollback", at=_now()))
         return self.resolved(name, version)
 
@@ -444,10 +466,17 @@ def _before(history: NameHistory, alias: str) -> Version:
     history.record.find(alias)
     previous = history.previous(alias)
     if previous is None:
-        raise AdapterNotFoundError(
+        raise NoEarlierVersionError(
             f"adapter {history.record.name!r}: alias {alias!r} has no earlier version to go back to"
         )
     return history.record.version(previous)
+
+
+def _moved(name: str, alias: str) -> AliasMovedError:
+    return AliasMovedError(
+        f"adapter {name!r}: alias {alias!r} was moved meanwhile and stays so; look where it is and "
+        "ask again"
+    )
 
 
 def _now() -> int:

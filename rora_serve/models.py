@@ -184,8 +184,8 @@ class ModelDirectory:
         self._admitted: dict[str, _Admitted] = {}
         # By name and version digest: two names may hold the same version.
         self._running: Counter[tuple[str, str]] = Counter()
-        # What requests read is small, and may still wait for a slow disk, but not for asyncio's own
-        # threads, all of which uploads and imports may keep busy.
+        # What a request for a loaded adapter reads is small. It may still wait for a slow disk, but
+        # not for asyncio's own threads, all of which uploads and imports may keep busy.
         self._threads = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="reading")
 
     async def open(self, model: str) -> ServedAdapter | None:
@@ -342,7 +342,8 @@ class ModelDirectory:
         return admitted.template
 
     async def _checked(self, resolved: ResolvedVersion, user: str) -> "_Admitted":
-        lease = await self._read(self._lease, resolved)
+        # It may have to wait for whoever changes the store.
+        lease = await asyncio.to_thread(self._lease, resolved)
         try:
             content = await self._read(self._base.check, resolved)
             template = None

@@ -5,9 +5,10 @@ What requests need, rora_serve.models brings in by itself.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from adapters import ResolvedVersion, Version
 from adapters.errors import AdapterNotFoundError, ResidencyError
@@ -15,6 +16,9 @@ from rora_serve.host_tier import Tier
 from rora_serve.models import ModelDirectory
 
 logger = logging.getLogger(__name__)
+
+# Asked before something is changed that took a while to get ready.
+IsWanted = Callable[[], Awaitable[bool]]
 
 _UNLOAD_SECONDS = 30.0
 _ENDING_SECONDS = 6.0  # in which requests that ended let go of everything
@@ -82,25 +86,35 @@ class Residents:
         async with self.serving(reference):
             pass
 
-    async def move(self, name: str, wanted: str, alias: str) -> None:
+    async def move(self, name: str, wanted: str, alias: str, *, is_wanted: IsWanted) -> None:
         """Let an alias of a name mean a version, once the engine has it.
 
-        Args: wanted: the version, as after `name@`.
-        Raises: as `serving`, and as `AdapterStore.set_alias`; the alias stays as it was.
-        """
-        async with self.serving(f"{name}@{wanted}") as resolved:
-            reference = f"{name}@sha256:{resolved.version.digest}"
-            await asyncio.to_thread(self._directory.store.set_alias, reference, alias)
+        Args:
+            wanted: the version, as after `name@`.
+            is_wanted: asked once it has; if not, nothing moves.
 
-    async def roll_back(self, name: str, alias: str) -> None:
+        Raises: as `serving`, and as `AdapterStore.set_alias`; AliasMovedError: somebody else moved
+            it meanwhile. The alias stays as it was.
+        """
+        store = self._directory.store
+        meant = (await asyncio.to_thread(store.record, name)).aliases.get(alias)
+        async with self.serving(f"{name}@{wanted}") as resolved:
+            digest = resolved.version.digest
+            move = partial(store.set_alias, instead_of=(meant, digest))
+            if await is_wanted():
+                await asyncio.to_thread(move, f"{name}@sha256:{digest}", alias)
+
+    async def roll_back(self, name: str, alias: str, *, is_wanted: IsWanted) -> None:
         """Let an alias mean what it meant before, once the engine has that.
 
-        Raises: as `serving`, and as `AdapterStore.rollback`; the alias stays as it was.
+        Args: is_wanted: as in `move`.
+        Raises: as `move`, and as `AdapterStore.rollback`; the alias stays as it was.
         """
         store = self._directory.store
         before = await asyncio.to_thread(store.before, name, alias)
         async with self.serving(f"{name}@sha256:{before.digest}"):
-            await asyncio.to_thread(store.rollback, name, alias)
+            if await is_wanted():
+                await asyncio.to_thread(store.rollback, name, alias, to=before.digest)
 
     async def try_out(self, staged: ResolvedVersion, user: str) -> None:
         """Load a version that has no name yet, as its first request would: what admits an upload.

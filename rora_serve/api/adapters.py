@@ -2,12 +2,11 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Path, Query, Response
+from fastapi import APIRouter, Body, Path, Query, Request, Response
 
 from adapters import NameRecord
-from adapters.errors import AdapterNotFoundError
 from adapters.names import LATEST, NAME_PATTERN, check_alias
-from rora_serve.api.errors import ErrorResponse, Refusal
+from rora_serve.api.errors import Refusal
 from rora_serve.api.protocol import (
     AdapterCard,
     AdapterDetail,
@@ -18,7 +17,7 @@ from rora_serve.api.protocol import (
 )
 from rora_serve.api.routing import OurRoute, answers
 from rora_serve.api.views import Views, check_manageable, check_visible
-from rora_serve.residency import Residents
+from rora_serve.residency import IsWanted, Residents
 
 Name = Annotated[str, Path(description="name of an adapter")]
 Alias = Annotated[
@@ -53,8 +52,8 @@ def _add_reading(router: APIRouter, views: Views) -> None:
 
 
 def _add_aliases(router: APIRouter, residents: Residents, views: Views) -> None:
-    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404, 422, 507))
-    async def set_alias(name: Name, alias: Alias, body: AliasBody) -> AdapterCard:
+    @router.put("/{name}/aliases/{alias}", responses=answers(400, 404, 409, 422, 507))
+    async def set_alias(name: Name, alias: Alias, body: AliasBody, request: Request) -> AdapterCard:
         """Let an alias mean a version, once that is in memory and can be served.
 
         Running requests end on the version they began with.
@@ -62,12 +61,12 @@ def _add_aliases(router: APIRouter, residents: Residents, views: Views) -> None:
         check_manageable(name)
         check_alias(alias)
         await views.record(name)
-        await residents.move(name, body.version, alias)
+        await residents.move(name, body.version, alias, is_wanted=_is_connected(request))
         return await views.card(name)
 
     @router.post("/{name}/rollback", responses=answers(400, 404, 409, 422, 507))
     async def roll_back(
-        name: Name, body: Annotated[RollbackBody | None, Body()] = None
+        name: Name, request: Request, body: Annotated[RollbackBody | None, Body()] = None
     ) -> AdapterCard:
         """Let an alias mean what it meant before, once that is in memory and can be served.
 
@@ -76,10 +75,7 @@ def _add_aliases(router: APIRouter, residents: Residents, views: Views) -> None:
         check_manageable(name)
         alias = LATEST if body is None else body.alias
         (await views.record(name)).find(alias)
-        try:
-            await residents.roll_back(name, alias)
-        except AdapterNotFoundError as error:
-            raise Refusal(ErrorResponse(409, str(error), "no_earlier_version")) from error
+        await residents.roll_back(name, alias, is_wanted=_is_connected(request))
         return await views.card(name)
 
 
@@ -148,6 +144,15 @@ def _add_removal(router: APIRouter, residents: Residents, views: Views) -> None:
         await views.record(bare_name)
         await residents.remove(name, force=force)
         return Deleted(id=name)
+
+
+def _is_connected(request: Request) -> IsWanted:
+    """Return what tells whether the client is still there, to hear what became of it."""
+
+    async def is_connected() -> bool:
+        return not await request.is_disconnected()
+
+    return is_connected
 
 
 def _reference(name: str, version: str | None) -> str:

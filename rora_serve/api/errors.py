@@ -9,10 +9,12 @@ from adapters.errors import (
     AdapterMismatchError,
     AdapterNameError,
     AdapterNotFoundError,
+    AliasMovedError,
     ArtifactError,
     DeadlineError,
     EngineDiedError,
     LimitExceededError,
+    NoEarlierVersionError,
     OverloadedError,
     QuarantinedError,
     ResidencyError,
@@ -93,6 +95,14 @@ def to_response(error: RoraError, model: str = "") -> ErrorResponse:
     return internal_error()
 
 
+_CONFLICTS: Mapping[type[RoraError], str] = {
+    NoEarlierVersionError: "no_earlier_version",
+    AliasMovedError: "alias_moved",
+    StoreConflictError: "adapter_in_use",
+    ResidencyError: "adapter_in_use",
+}
+
+
 def not_authenticated(
     message: str = "A key is expected: Authorization: Bearer KEY.",
 ) -> ErrorResponse:
@@ -139,6 +149,8 @@ def adapter_error(error: RoraError) -> ErrorResponse:
     Neither the text of these errors nor what is told of others names a place on this machine.
     """
     match error:
+        case NoEarlierVersionError() | AliasMovedError() | StoreConflictError() | ResidencyError():
+            return ErrorResponse(409, str(error), _CONFLICTS[type(error)])
         case AdapterNotFoundError():
             return ErrorResponse(404, str(error), "adapter_not_found", param="version")
         case AdapterNameError():
@@ -149,8 +161,6 @@ def adapter_error(error: RoraError) -> ErrorResponse:
             code = "adapter_quarantined" if is_quarantined else "adapter_not_servable"
             message = describe(error.problems) if error.problems else str(error)
             return ErrorResponse(422, message, code, problems=error.problems)
-        case StoreConflictError() | ResidencyError():
-            return ErrorResponse(409, str(error), "adapter_in_use")
         case StoreFullError():
             message = "The server has no room for this adapter."
             return ErrorResponse(507, message, "no_room", "server_error")

@@ -222,7 +222,9 @@ class FrontDoor:
         body = await _read_body(exchange, reception, tenant)
         if body is not None:
             exchange.replay(body)
-            await self._app(scope, exchange.receive, exchange.send)
+            # It may wait for the engine, to load or to let go.
+            app = self._app(scope, exchange.receive, exchange.send)
+            await reception.lifetime.while_alive(app)
 
 
 class _RefusedError(Exception):

@@ -39,14 +39,22 @@ BOUNDARY = "b-o-u-n-d-a-r-y"
 
 
 class Engine:
-    """Stands for the engine: notes what it holds; what is in `errors` it raises instead."""
+    """Stands for the engine: notes what it holds; what is in `errors` it raises instead.
+
+    is_held_up: whether its loads wait.
+    """
 
     def __init__(self) -> None:
         self.held: dict[int, ResolvedVersion] = {}
         self.errors: list[Exception] = []
+        self.is_held_up = False
+        self.num_loads = 0
 
     async def load(self, lora_int_id: int, resolved: ResolvedVersion) -> int:
+        self.num_loads += 1
         await asyncio.sleep(0)
+        while self.is_held_up:
+            await asyncio.sleep(0.01)
         if self.errors:
             raise self.errors.pop()
         assert lora_int_id not in self.held

@@ -13,7 +13,7 @@ from benchmarks.load import prompts
 from tests.rora_serve.serving import Server
 from tests.rora_serve.streaming import TIMEOUT, Outcome, ask, limits
 
-NUM_CLIENTS, NUM_TOKENS = 8, 200  # answers that take seconds
+NUM_CLIENTS, NUM_TOKENS = 8, 800  # answers that take long on any machine
 SECONDS_BEFORE, SECONDS_AFTER = 3.0, 30.0
 READY_EVERY = 0.02
 

@@ -124,6 +124,18 @@ async def pin_refused(place: Place) -> httpx.Response:
     return await place.ask("PUT", "/v1/adapters/a/pin")
 
 
+@case("PUT /v1/adapters/{name}/aliases/{alias}", 409)
+async def moved_meanwhile(place: Place) -> httpx.Response:
+    place.server.engine.is_held_up = True
+    body = {"version": place.first}
+    move = asyncio.create_task(place.ask("PUT", "/v1/adapters/a/aliases/latest", json=body))
+    while not place.server.engine.num_loads:
+        await asyncio.sleep(0.01)
+    place.store.add(place.third, name="a")
+    place.server.engine.is_held_up = False
+    return await move
+
+
 @case("PUT /v1/adapters/{name}/aliases/{alias}", 422)
 async def move_refused(place: Place) -> httpx.Response:
     place.server.engine.errors.append(AdapterMismatchError("no such layer"))
@@ -399,24 +411,29 @@ def test_the_front_door_lets_in_what_there_is_and_nothing_else(place: Place) -> 
 
 
 def test_mistakes_of_a_request_name_the_key(place: Place) -> None:
-    async def run(body: object) -> httpx.Response:
-        return await place.ask("PUT", "/v1/adapters/a/aliases/x", json=body)
-
-    for body, param in (
-        ({}, "version"), ({"version": 5}, "version"), ({"version": "latest", "x": 1}, "x"),
-        ([], None), (None, None),
-    ):  # fmt: skip
-        answer = asyncio.run(run(body))
-        error = answer.json()["error"]
-        assert (answer.status_code, error["param"], error["code"]) == (400, param, "bad_request")
-    assert asyncio.run(run({"version": "latest"})).status_code == 200  # the control
+    path = "/v1/adapters/a/aliases/x"
 
     async def send(content: bytes) -> httpx.Response:
         headers = {"content-type": "application/json"}
-        path = "/v1/adapters/a/aliases/x"
         return await place.ask("PUT", path, content=content, headers=headers)
 
-    for content in (b"{", b"\xff", b""):
-        answer = asyncio.run(send(content))
-        error = answer.json()["error"]
-        assert (answer.status_code, error["param"], error["code"]) == (400, None, "bad_request")
+    async def ask() -> None:
+        for body, param in (
+            ({}, "version"), ({"version": 5}, "version"), ({"version": "latest", "x": 1}, "x"),
+            ([], None), (None, None),
+        ):  # fmt: skip
+            answer = await place.ask("PUT", path, json=body)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["code"]) == (
+                400,
+                param,
+                "bad_request",
+            )
+        answer = await place.ask("PUT", path, json={"version": "latest"})
+        assert answer.status_code == 200  # the control
+        for content in (b"{", b"\xff", b""):
+            answer = await send(content)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["code"]) == (400, None, "bad_request")
+
+    asyncio.run(ask())

@@ -114,7 +114,7 @@ def test_an_alias_moves_for_new_requests_and_running_ones_keep_their_version(pla
             assert place.server.engine.held[served.lora_int_id] == served.resolved
         versions = answer.json()["versions"]
         assert [v["num_running_requests"] for v in versions] == [1, 0]
-        assert [v["tier"] for v in versions] == ["slot", "store"]
+        assert [v["tier"] for v in versions] == ["slot", "host"]
         answer = await place.ask("POST", "/v1/adapters/a/rollback", json={"alias": "stable"})
         assert answer.json()["aliases"]["stable"] == place.first
         answer = await place.ask("PUT", "/v1/adapters/a/aliases/-x", json={"version": "latest"})

@@ -1,11 +1,17 @@
 """What is in memory by request, and that what is removed leaves nothing in it."""
 
 import asyncio
+import shutil
+import time
+from pathlib import Path
 
+import httpx
 import pytest
 
 from adapters.errors import AdapterMismatchError
-from tests.rora_serve.adapter_server import Place, run
+from rora_serve.side_process import SideProcess
+from tests.rora_serve.adapter_server import Place, make_place, run
+from tests.rora_serve.reaching import listening
 
 
 def test_load_pin_unpin_and_unload_move_it_between_the_tiers(place: Place) -> None:
@@ -49,15 +55,104 @@ def test_an_alias_moves_to_what_the_engine_has_and_stays_where_that_is_refused(
             assert (answer.status_code, engine.held) == (422, {}), answer.text
             assert "no such layer" in answer.json()["error"]["message"]
             assert dict(place.store.record("a").aliases) == before
-        answer = await place.ask("PUT", f"{path}/aliases/stable", json=stable)
-        assert answer.status_code == 200
-        held = [resolved.version.digest for resolved in engine.held.values()]
-        assert held == [place.store.resolve("a@stable").version.digest]
-        assert (await place.ask("POST", f"{path}/rollback")).status_code == 200
-        assert place.store.resolve("a").version.digest == held[0]
-        # Nothing keeps it there: it makes room like others.
-        assert (await place.ask("POST", f"{path}/unload")).status_code == 200
-        assert engine.held == {}
+        for method, route, body in (
+            ("PUT", f"{path}/aliases/stable", stable),
+            ("POST", f"{path}/rollback", None),
+        ):
+            answer = await place.ask(method, route, json=body)
+            assert answer.status_code == 200
+            held = [f"sha256:{resolved.version.digest}" for resolved in engine.held.values()]
+            assert held == [place.first]
+            # Nothing keeps it there: it makes room like others.
+            assert (await place.ask("POST", f"{path}/unload")).status_code == 200
+            assert engine.held == {}
+        aliases = place.store.record("a").aliases
+        assert {f"sha256:{digest}" for digest in aliases.values()} == {place.first}
+
+    run(ask())
+
+
+@pytest.mark.parametrize(
+    ("method", "route"), [("PUT", "aliases/latest"), ("POST", "rollback")], ids=["move", "rollback"]
+)
+def test_what_was_moved_meanwhile_stays_where_it_is(place: Place, method: str, route: str) -> None:
+    async def ask() -> None:
+        engine, body = place.server.engine, {"version": place.first}
+        engine.is_held_up = True
+        move = asyncio.create_task(
+            place.ask(method, f"/v1/adapters/a/{route}", json=body if method == "PUT" else None)
+        )
+        while not engine.num_loads:
+            await asyncio.sleep(0.01)
+        assert f"sha256:{place.store.resolve('a').version.digest}" == place.second
+        newest = place.store.add(place.third, name="a")
+        engine.is_held_up = False
+        answer = await move
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "alias_moved")
+        assert place.store.resolve("a").version == newest.version
+        # To say the same twice is no conflict.
+        for _ in range(2):
+            again = await place.ask("PUT", "/v1/adapters/a/aliases/latest", json=body)
+            assert again.status_code == 200
+
+    run(ask())
+
+
+def test_two_rollbacks_at_once_go_back_once(place: Place) -> None:
+    async def ask() -> None:
+        place.store.add(place.third, name="a")
+        place.server.engine.is_held_up = True
+        both = [asyncio.create_task(place.ask("POST", "/v1/adapters/a/rollback")) for _ in range(2)]
+        while place.server.directory.num_running("a", place.store.record("a").versions) < 2:
+            await asyncio.sleep(0.01)
+        place.server.engine.is_held_up = False
+        assert sorted(answer.status_code for answer in await asyncio.gather(*both)) == [200, 409]
+        assert f"sha256:{place.store.resolve('a').version.digest}" == place.second
+
+    run(ask())
+
+
+def test_a_rollback_whose_client_is_gone_does_not_happen(tmp_path: Path) -> None:
+    """It would be asked again, and go back twice."""
+    process = SideProcess()
+    place = make_place(tmp_path, process)
+    engine = place.server.engine
+    with listening(place.server.app) as url:
+        engine.is_held_up = True
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/adapters/a/rollback", timeout=0.5)
+        assert engine.num_loads == 1
+        engine.is_held_up = False
+        while place.server.directory.num_running("a", place.store.record("a").versions):
+            time.sleep(0.01)
+        assert len(engine.held) == 1
+        assert f"sha256:{place.store.resolve('a').version.digest}" == place.second
+        assert httpx.post(f"{url}/v1/adapters/a/rollback", timeout=30).status_code == 200
+    assert f"sha256:{place.store.resolve('a').version.digest}" == place.first
+    process.close()
+
+
+def test_a_move_that_waits_as_the_engine_dies_is_told_so(place: Place) -> None:
+    async def ask() -> None:
+        place.server.lifetime.watch(lambda: None, within=60)
+        place.server.engine.is_held_up = True
+        move = asyncio.create_task(place.ask("POST", "/v1/adapters/a/rollback"))
+        while not place.server.engine.num_loads:
+            await asyncio.sleep(0.01)
+        place.server.is_alive = False
+        answer = await move
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_died")
+        assert f"sha256:{place.store.resolve('a').version.digest}" == place.second
+
+    run(ask())
+
+
+def test_a_version_whose_files_are_gone_is_not_told_as_the_first_one(place: Place) -> None:
+    shutil.rmtree(place.store.resolve(f"a@{place.first}").folder)
+
+    async def ask() -> None:
+        answer = await place.ask("POST", "/v1/adapters/a/rollback")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "adapter_not_found")
 
     run(ask())
 
