@@ -70,7 +70,7 @@ class Lifetime:
             if not self._visits:
                 self._idle.set()
 
-    async def while_alive(self, waiting: Coroutine[Any, Any, Result]) -> Result:
+    async def while_alive(self, waiting: Awaitable[Result]) -> Result:
         """Return what `waiting` does, which may wait for the engine; give it up if that dies.
 
         Raises: EngineDiedError: it did; and whatever `waiting` raises.
