@@ -8,7 +8,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 
 from adapters import ResolvedVersion, Version
 from adapters.errors import AdapterNotFoundError, ResidencyError
@@ -100,9 +99,9 @@ class Residents:
         meant = (await asyncio.to_thread(store.record, name)).aliases.get(alias)
         async with self.serving(f"{name}@{wanted}") as resolved:
             digest = resolved.version.digest
-            move = partial(store.set_alias, instead_of=(meant, digest))
+            reference, expected = f"{name}@sha256:{digest}", (meant, digest)
             if await is_wanted():
-                await asyncio.to_thread(move, f"{name}@sha256:{digest}", alias)
+                await asyncio.to_thread(store.set_alias, reference, alias, instead_of=expected)
 
     async def roll_back(self, name: str, alias: str, *, is_wanted: IsWanted) -> None:
         """Let an alias mean what it meant before, once the engine has that.
