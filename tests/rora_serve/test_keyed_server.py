@@ -13,6 +13,7 @@ import pytest
 
 from adapters.names import DEFAULT_MODEL_NAME as BASE
 from adapters.tolerance import TOLERANCES
+from rora_serve.api.allowed import MODEL_ROUTES
 from tests.rora_serve.conftest import Oracle
 from tests.rora_serve.serving import ask_together
 from tests.rora_serve.tenant_table import NAMES, SPARING, KeyedServer
@@ -20,7 +21,6 @@ from tests.rora_serve.test_schemathesis import CONFIG, ask
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-VLLMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
 BLOCK = 128  # tokens: what the CPU's cache of prefixes keeps together
 
 
@@ -113,7 +113,7 @@ def test_in_bfloat16_each_adapter_answers_as_peft_does(
         assert min(means.values()) > 2 * own
 
 
-@pytest.mark.parametrize("path", VLLMS)
+@pytest.mark.parametrize("path", sorted(MODEL_ROUTES))
 def test_vllms_own_routes_answer_what_the_document_declares(
     keyed_server: KeyedServer, tmp_path: Path, path: str
 ) -> None:
