@@ -6,7 +6,8 @@ SmolLM2-135M in float32, a server with room for all adapters; adapters of every 
 ranks uniform from 1 to 32 in each module (20 MB each), in the store and never asked for before.
 
 Figures, milliseconds:
-    cold_first_token_ms: from a request to its first token, of an adapter that is not in memory.
+    cold_first_token_ms: from a request to its first token, of an adapter that is not in memory. Its
+        file is in the system's cache, as that of all that was written or read lately.
     warm_first_token_ms: the same, of one that is.
     read_limit_ms: reading the adapter's file into memory and nothing else.
     step_ms: one decoding step of one request.
@@ -73,11 +74,11 @@ def gaps_ms(
     """Let one request of each name come in beside one of the base.
 
     Args: pace: seconds from one to the next.
-    Returns: milliseconds between the base's tokens, the longest last; seconds until all were
-        answered.
+    Returns: milliseconds between the base's tokens until all were answered, the longest last;
+        seconds until then.
     """
 
-    async def run() -> tuple[Answer, float]:
+    async def run() -> tuple[Answer, float, float]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT, limits=limits) as client:
             texts = prompts(seed, len(names) + 1, PROMPT)
@@ -90,12 +91,13 @@ def gaps_ms(
 
             begin = time.perf_counter()
             await asyncio.gather(*map(ask_at, range(len(names))))
-            seconds = time.perf_counter() - begin
+            end = time.perf_counter()
             assert not stream.done(), "the stream ended before the adapters had come in"
-            return await stream, seconds
+            return await stream, begin, end
 
-    answer, seconds = asyncio.run(run())
-    return sorted(1000 * (b - a) for a, b in pairwise(answer.tokens)), seconds
+    answer, begin, end = asyncio.run(run())
+    gaps = [1000 * (b - a) for a, b in pairwise(answer.tokens) if b > begin and a < end]
+    return sorted(gaps), end - begin
 
 
 def worker_of(server: Server) -> psutil.Process:

@@ -17,7 +17,8 @@ Figures, by number of adapters in flight and popularity:
     prefill_vs_base_eager: prompt tokens per second over the base's.
     idle_vs_base_eager: decode of base requests with LoRA on, over the base's.
     decode_vs_stock, prefill_vs_stock: 8 adapters, over stock vLLM's LoRA with the linear layers
-        only; base_decode_vs_stock: the base model's own, without any adapter.
+        only; base_decode_vs_stock: the base model's own, without any adapter. Not with --compile,
+        which stock vLLM has not beside LoRA.
     latency: milliseconds to the first token and between tokens of the decode runs.
 """
 
@@ -148,7 +149,7 @@ def step_at_the_floor(
 def main() -> None:
     """Start the servers, measure, and write one row."""
     parser = argparse.ArgumentParser(prog="bench_serving", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=4, help="even, for equal turns; 4")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="both sides compiled (minutes)")
@@ -180,17 +181,16 @@ def main() -> None:
             "ours", our_command(store.root, ours_port, [*more, *memory, *compiled]), ours_port
         )
         base = start("base", base_command(model, base_port, more, eager=not compiled), base_port)
-        figures, rates = measure(Duel(base), ours, names, num_bytes, arguments)
-        if not arguments.no_stock:
+        duel = Duel(base)
+        figures, rates = measure(duel, ours, names, num_bytes, arguments)
+        if not (arguments.no_stock or arguments.compile):
             folders = {name: store.resolve(name).folder for name in names[:STOCK_ADAPTERS]}
             stock = start(
                 "stock",
                 stock_command(model, folders, stock_port, " ".join(LINEAR)),
                 stock_port,
             )
-            figures |= beside_stock(
-                Duel(base), ours, stock, names[:STOCK_ADAPTERS], arguments.repeats
-            )
+            figures |= beside_stock(duel, ours, stock, names[:STOCK_ADAPTERS], arguments.repeats)
     set_up = {
         "model": BASE, "dtype": "float32", "adapter_dtype": arguments.adapter_dtype,
         "compile": arguments.compile, "custom_ops": "none" if arguments.compile else "all",
@@ -212,6 +212,7 @@ def measure(
     """Return the figures beside the base model, and what they were made of."""
     for name in [*names, BASE]:  # each loaded once before anything is timed
         ask_together(ours.url, [name], seed=0, prompt_length=DECODE_PROMPT, num_tokens=2)
+    duel.decode_base(NUM_REQUESTS, DECODE_TOKENS)
     cases = [(count, how) for count in arguments.counts for how in ("uniform", "Zipf")]
     decode: dict[tuple[int, str], list[Rate]] = {case: [] for case in cases}
     prefill: dict[tuple[int, str], list[Rate]] = {case: [] for case in cases}
@@ -282,6 +283,7 @@ def beside_stock(
     """Return the figures beside stock vLLM's LoRA."""
     models = list(interleaved(list(names), [NUM_REQUESTS // len(names)] * len(names)))
     few = list(interleaved(list(names), [NUM_PREFILLS // len(names)] * len(names)))
+    duel.decode(stock, models, DECODE_TOKENS)  # loads them
     decode, base, prefill = [], [], []
     for repeat in range(repeats):
         rates: dict[str, float] = {}

@@ -5,7 +5,8 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from adapters import AdapterStore
 from adapters.base_model import cache_folder, find_model
 from benchmarks.fleet import add_fleet
 from benchmarks.load import TIMEOUT, prompts
+from tests.reference import ATOL
 from tests.rora_serve.serving import Server, free_port, our_command, running
 
 NUM_ADAPTERS, NUM_HELD = 1000, 100
 NUM_CLIENTS, NUM_WATCHED = 8, 40
+WATCHED_SHARE = 0.1  # of the requests, which ask again what was asked before
 PROMPT, NUM_TOKENS = 12, 6
+# The second most likely token must be this far behind, in log-probs, all along: engines in
+# float32 differ by a tenth of it at most, and other requests change what is rounded how.
+MIN_MARGIN = 10 * ATOL["served-log-probs-float32"]
 WARM_UP_SECONDS = 120
 MAX_SLOPE = 1.0  # MB a minute after that
 
@@ -29,7 +35,8 @@ MAX_SLOPE = 1.0  # MB a minute after that
 def churn(folder: Path, minutes: int, seed: int) -> dict[str, object]:
     """Serve 1,000 adapters from memory for 100, the k-th as popular as 1 / k.
 
-    Fails on any error, if an adapter's answer is another one at the end, and if memory grows.
+    Fails on any error, if an adapter's answer is another one under traffic or at the end, and if
+    memory grows.
     """
     store = AdapterStore(folder / "store")
     base = find_model(None, cache=cache_folder(os.environ))
@@ -43,19 +50,27 @@ def churn(folder: Path, minutes: int, seed: int) -> dict[str, object]:
     chooser.shuffle(names)
     with running(command, port, folder / "log") as server:
         watched = names[:: NUM_ADAPTERS // NUM_WATCHED]
-        before = [answer_alone(server, name) for name in watched]
-        found = asyncio.run(_traffic(server, names, chooser, 60 * minutes))
-        after = [answer_alone(server, name) for name in watched]
+        before = {name: answer_alone(server, name) for name in watched}
+        clear = {name: text for name, (text, is_clear) in before.items() if is_clear}
+        found = asyncio.run(_traffic(server, names, clear, chooser, 60 * minutes))
+        after = {name: answer_alone(server, name) for name in watched}
         assert after == before, "an adapter answers otherwise than at the start"
-        assert len(set(before)) > NUM_WATCHED // 2, "the adapters hardly differ"
+        assert len(set(clear.values())) > NUM_WATCHED // 4, "the adapters hardly differ"
     assert found["memory_slope_mb_per_minute"] < MAX_SLOPE, found
+    assert found["evictions"] > NUM_HELD, found
     return {"adapters": NUM_ADAPTERS, "held": NUM_HELD, "failures": 0, **found}
 
 
-def answer_alone(server: Server, name: str) -> str:
-    """Return an adapter's greedy answer."""
+def answer_alone(server: Server, name: str) -> tuple[str, bool]:
+    """Return an adapter's greedy answer, and whether no token of it was nearly another one."""
+    # By ids, since two tokens can be the same text.
+    body = _body(name, seed=1) | {"logprobs": 2, "return_tokens_as_token_ids": True}
     with httpx.Client(base_url=server.url, timeout=TIMEOUT) as client:
-        return _answer(client.post("/v1/completions", json=_body(name, seed=1)))
+        response = client.post("/v1/completions", json=body)
+    text = _answer(response)
+    tops = response.json()["choices"][0]["logprobs"]["top_logprobs"]
+    margins = [first - second for first, second in (sorted(top.values())[::-1] for top in tops)]
+    return text, min(margins) > MIN_MARGIN
 
 
 def _body(name: str, *, seed: int) -> dict[str, object]:
@@ -72,19 +87,28 @@ def _answer(response: httpx.Response) -> str:
 
 
 async def _traffic(
-    server: Server, names: Sequence[str], chooser: random.Random, seconds: float
+    server: Server,
+    names: Sequence[str],
+    watched: Mapping[str, str],
+    chooser: random.Random,
+    seconds: float,
 ) -> dict[str, Any]:
+    """Args: watched: answers that are known, by adapter."""
     weights = [1 / rank for rank in range(1, len(names) + 1)]
     end = time.monotonic() + seconds
-    count = 0
+    asked: Counter[str] = Counter()
+    compared = 0
 
     async def client_loop(client: httpx.AsyncClient) -> None:
-        nonlocal count
+        nonlocal compared
         while time.monotonic() < end:
-            (name,) = chooser.choices(names, weights)
-            body = _body(name, seed=chooser.randrange(1 << 30))
-            _answer(await client.post("/v1/completions", json=body))
-            count += 1
+            is_watched = chooser.random() < WATCHED_SHARE
+            (name,) = chooser.choices([*watched]) if is_watched else chooser.choices(names, weights)
+            body = _body(name, seed=1 if is_watched else chooser.randrange(1 << 30))
+            answer = _answer(await client.post("/v1/completions", json=body))
+            assert not is_watched or answer == watched[name], f"{name} answers otherwise"
+            compared += is_watched
+            asked[name] += 1
 
     async def watch() -> list[tuple[float, float]]:
         begin, seen = time.monotonic(), []
@@ -97,10 +121,20 @@ async def _traffic(
         watching = asyncio.create_task(watch())
         await asyncio.gather(*(client_loop(client) for _ in range(NUM_CLIENTS)))
         memory = await watching
+        page = (await client.get("/metrics")).text
     warm = [(at, mb) for at, mb in memory if at > min(WARM_UP_SECONDS, seconds / 2)]
     slope = np.polyfit([at / 60 for at, _ in warm], [mb for _, mb in warm], 1)[0]
     return {
-        "requests": count,
+        "requests": asked.total(),
+        "asked_for": len(asked),
+        "compared": compared,
+        "evictions": round(
+            sum(
+                float(line.rpartition(" ")[2])
+                for line in page.splitlines()
+                if line.startswith("rora_evictions_total{")
+            )
+        ),
         "minutes": round(seconds / 60, 1),
         "memory_mb": [round(warm[0][1]), round(warm[-1][1])],
         "memory_slope_mb_per_minute": round(float(slope), 3),

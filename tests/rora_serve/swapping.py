@@ -24,6 +24,8 @@ NUM_SHARED, NUM_OWN = 304, 8  # tokens of every prompt: the same in all, and eac
 NUM_TOKENS = 8
 NUM_CLIENTS = 32
 NUM_CANDIDATES, NUM_PROMPTS = 24, 4
+MOVES_PER_ROLLBACK = 4
+MIN_HIT_RATE = 0.3  # of the prefix cache: without it there would be nothing that could be stale
 # A slow machine takes longer, and shows as much as a fast one.
 ANSWERS_PER_MOVE = 2
 # The second most likely token must be this far behind, in log-probs, all along: engines in
@@ -63,10 +65,19 @@ class Move:
 
 @dataclass
 class Swaps:
-    """What was moved and asked."""
+    """What was moved and asked, rolled back moves among the moves.
+
+    Args: prefix_cache: tokens that were looked up in the prefix cache meanwhile, and found.
+    """
 
     moves: list[Move] = field(default_factory=list)
     asked: list[tuple[Tokens, Outcome]] = field(default_factory=list)
+    prefix_cache: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def hit_rate(self) -> float:
+        looked_up, found = self.prefix_cache
+        return round(found / looked_up, 3)
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,7 @@ def make_subject(server: Server, versions: Sequence[ResolvedVersion]) -> Subject
 
 
 def swap_under_traffic(server: Server, subject: Subject, *, num_moves: int, seed: int) -> Swaps:
-    """Move `latest` of the name `num_moves` times under traffic, every fifth time by a rollback.
+    """Move `latest` of the name `num_moves` times under traffic, and roll it back after every four.
 
     As often as some answers take, by the time of those before the first move.
     """
@@ -155,30 +166,46 @@ async def _run(server: Server, subject: Subject, num_moves: int, chooser: random
     found = Swaps()
     is_over = False
 
-    async def ask_one(client: httpx.AsyncClient) -> None:
+    async def ask_one(client: httpx.AsyncClient) -> tuple[Tokens, Outcome]:
         prompt = chooser.choice(subject.prompts)
         model = chooser.choice((NAME, f"{NAME}@latest"))
-        found.asked.append((prompt, await ask(client, model, prompt, NUM_TOKENS)))
+        return prompt, await ask(client, model, prompt, NUM_TOKENS)
 
     async def client_loop(client: httpx.AsyncClient) -> None:
         while not is_over:
-            await ask_one(client)
+            found.asked.append(await ask_one(client))
 
     async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT, limits=limits()) as client:
         now = 0
         found.moves.append(await _move(client, subject, now))
         for _ in range(2):  # the first time the prompts are new
             begin = time.monotonic()
-            await asyncio.gather(*(ask_one(client) for _ in range(NUM_CLIENTS)))
+            early = await asyncio.gather(*(ask_one(client) for _ in range(NUM_CLIENTS)))
+            assert all(outcome.is_whole for _, outcome in early), early
         pause = (time.monotonic() - begin) / NUM_CLIENTS * ANSWERS_PER_MOVE
+        before = await _prefix_cache(client)
         clients = [asyncio.create_task(client_loop(client)) for _ in range(NUM_CLIENTS)]
-        for number in range(num_moves):
-            await asyncio.sleep(pause * chooser.uniform(0.5, 1.5))
-            now = 1 - now
-            found.moves.append(await _move(client, subject, now, by_rollback=number % 5 == 4))
+        for number in range(1, num_moves + 1):
+            for by_rollback in (False, True) if number % MOVES_PER_ROLLBACK == 0 else (False,):
+                await asyncio.sleep(pause * chooser.uniform(0.5, 1.5))
+                now = 1 - now
+                found.moves.append(await _move(client, subject, now, by_rollback=by_rollback))
         is_over = True
         await asyncio.gather(*clients)
+        after = await _prefix_cache(client)
+    found.prefix_cache = (after[0] - before[0], after[1] - before[1])
     return found
+
+
+async def _prefix_cache(client: httpx.AsyncClient) -> tuple[float, float]:
+    """Return tokens that were looked up in the prefix cache so far, and found."""
+    lines = (await client.get("/metrics")).text.splitlines()
+
+    def total(metric: str) -> float:
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(metric))
+
+    looked_up, hits = "vllm:prefix_cache_queries_total{", "vllm:prefix_cache_hits_total{"
+    return total(looked_up), total(hits)
 
 
 async def _move(
@@ -233,12 +260,11 @@ def swap(folder: Path, count: int, seed: int) -> dict[str, object]:
     with running(our_command(store.root, port), port, folder / "log") as server:
         subject = make_subject(server, versions)
         swaps = swap_under_traffic(server, subject, num_moves=count, seed=seed)
-        with httpx.Client(base_url=server.url) as client:
-            hit_rate = cache_hit_rate(client.get("/metrics").text)
     verdict = judge(subject, swaps)
-    check(verdict, num_moves=count)
+    check(swaps, verdict, num_moves=count)
     return {
         "moves": count,
+        "rollbacks": len(swaps.moves) - 1 - count,
         "answers": len(swaps.asked),
         "failures": len(verdict.failed),
         "mixed": verdict.mixed,
@@ -246,24 +272,14 @@ def swap(folder: Path, count: int, seed: int) -> dict[str, object]:
         "strict": verdict.strict,
         "moved_while_streaming": verdict.overlapped,
         "by_version": list(verdict.by_version.values()),
-        "prefix_cache_hit_rate": hit_rate,
+        "prefix_cache_hit_rate": swaps.hit_rate,
     }
 
 
-def check(verdict: Verdict, *, num_moves: int) -> None:
+def check(swaps: Swaps, verdict: Verdict, *, num_moves: int) -> None:
     """Fail on a wrong answer, and if the traffic could not have shown one."""
     assert (verdict.failed, verdict.mixed, verdict.stale) == ((), 0, 0), verdict
     assert min(verdict.by_version.values()) >= num_moves // 2, verdict
     assert verdict.strict >= num_moves // 2, verdict
     assert verdict.overlapped >= num_moves // 2, verdict
-
-
-def cache_hit_rate(page: str) -> float:
-    """Return which part of the prompts' tokens the prefix cache had."""
-
-    def total(metric: str) -> float:
-        lines = [line for line in page.splitlines() if line.startswith(f"{metric}{{")]
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
-
-    queries = total("vllm:prefix_cache_queries_total")
-    return round(total("vllm:prefix_cache_hits_total") / queries, 3)
+    assert swaps.hit_rate > MIN_HIT_RATE, swaps.prefix_cache
