@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rora_serve.api.allowed import GENERATING_ROUTES
 from rora_serve.api.asgi import Header
+from rora_serve.api.grammar_bounds import check_grammar
 from rora_serve.tenants import Tenant
 
 DEADLINE_HEADER = b"x-rora-deadline-ms"
@@ -42,7 +43,7 @@ class ModelRequest:
 
     Args:
         body: of it.
-        model: what it asks for; None if it is no text or empty, which vLLM judges.
+        model: what it asks for; None if that is no text or the body no object, which vLLM refuses.
         num_sequences: that it runs, its choices times its prompts.
     """
 
@@ -60,8 +61,8 @@ def read_model_request(
 
     Args: max_model_len: tokens of a prompt and its answer at most; vLLM refuses to be asked for
         more.
-    Raises: ValueError: it can not be read, which FastAPI would answer past vLLM's errors; or it
-        asks for too many sequences.
+    Raises: ValueError: it can not be read, which FastAPI would answer past vLLM's errors; it names
+        no model, or asks for too many sequences or too large a grammar.
     """
     try:
         content = json.loads(body)
@@ -74,6 +75,13 @@ def read_model_request(
         ) from error
     if not isinstance(content, dict):
         return ModelRequest(body, None, 1)
+    model = content.get("model")
+    if model in (None, ""):
+        # vLLM would take the base model, and whoever lost an adapter's name would not notice.
+        raise ValueError(
+            "model: found nothing, the name of an adapter or of the base model is expected"
+        )
+    check_grammar(content)
     for key in NOT_FOR_CLIENTS:
         content.pop(key, None)
     _drop_names_of_media(content)
@@ -94,11 +102,10 @@ def read_model_request(
             f"n times prompts: {num_sequences} sequences, at most {MAX_SEQUENCES} are expected; "
             "send several requests"
         )
-    model = content.get("model")
     return ModelRequest(
         # Written anew always: of two values of one key, this is the one that was looked at.
         json.dumps(content).encode(),
-        model if isinstance(model, str) and model else None,
+        model if isinstance(model, str) else None,
         num_sequences,
     )
 

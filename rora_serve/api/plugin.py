@@ -13,7 +13,11 @@ from vllm.lora.request import LoRARequest
 from rora_serve.api.front_door import EXPOSED_HEADERS, FrontDoor, current_adapter
 from rora_serve.api.reception import RECEPTION_STATE, Reception
 from rora_serve.chat_templates import ChatTemplate, ChatTemplateError, TemplateProcess
-from rora_serve.engine.compat import replace_template_writer, without_developer
+from rora_serve.engine.compat import (
+    refuse_outlines_unasked,
+    replace_template_writer,
+    without_developer,
+)
 from rora_serve.request_log import current_record
 
 if TYPE_CHECKING:
@@ -158,6 +162,7 @@ def install(app: "FastAPI", reception: Reception, routes: "Sequence[BaseRoute]")
         online.renderer, lambda write: with_own_text(write, templates)
     )
     online.preprocess_chat = with_own_templates(online.preprocess_chat, can_write=can_write)
+    refuse_outlines_unasked()
     let_browsers_read(app)
     app.router.routes[:0] = routes  # before vLLM's own /v1/models
     setattr(app.state, RECEPTION_STATE, reception)

@@ -11,6 +11,7 @@ import vllm
 import zmq
 from torch import Tensor, nn
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -19,7 +20,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.renderers import hf
 from vllm.renderers.hf import HfRenderer
+from vllm.sampling_params import SamplingParams
 from vllm.v1.sample import sampler
+from vllm.v1.structured_output import backend_outlines
 
 from adapters.artifact import Kind
 from adapters.errors import EngineSeamError
@@ -234,3 +237,26 @@ def without_developer(conversation: Any, template: str) -> Any:
     if not is_developed or hf._detect_developer_role_support(template):
         return conversation
     return hf._consolidate_system_messages(hf._convert_developer_to_system(conversation))
+
+
+def refuse_outlines_unasked() -> None:
+    """Let vLLM take no grammar to outlines by itself; a server that is set to it uses it.
+
+    It goes there with schemas that its other libraries do not know (patternProperties beside what
+    xgrammar lacks), and outlines makes a table of all texts and tokens before the first one: 1.1 GB
+    for an object that has one text of 1,000 characters, in the process that steps.
+    """
+    module: Any = backend_outlines
+    validate = module.validate_structured_output_request_outlines
+
+    def validate_if_set(params: SamplingParams) -> None:
+        asked = params.structured_outputs
+        if asked is not None and asked._backend == "outlines":
+            validate(params)
+            return
+        raise VLLMValidationError(
+            "The grammar asks for what the server's libraries do not do together; leave out "
+            "patternProperties, or what xgrammar does not support."
+        )
+
+    module.validate_structured_output_request_outlines = validate_if_set

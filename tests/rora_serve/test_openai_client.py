@@ -34,6 +34,17 @@ class Place(BaseModel):
 
 TOOLS: Any = [openai.pydantic_function_tool(Place, name="look_up")]
 NAMED: Any = {"type": "function", "function": {"name": "look_up"}}
+FOR_OUTLINES = {
+    "type": "object",
+    "properties": {"a": {"type": "number", "multipleOf": 2}},
+    "patternProperties": {"^b$": {"type": "string"}},
+}
+
+
+def answer_of(schema: object) -> dict[str, Any]:
+    """Options of a request whose answer keeps to a schema."""
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    return {"response_format": form}
 
 
 @pytest.fixture
@@ -214,6 +225,9 @@ def test_the_responses_api_answers_whole_streamed_and_to_a_schema(client: openai
         ({"messages": []}, openai.BadRequestError, "empty conversation"),
         ({"top_logprobs": 10_000, "logprobs": True}, openai.BadRequestError, "logprobs"),
         ({"response_format": {"type": "json_schema"}}, openai.BadRequestError, "json_schema"),
+        (answer_of({"type": "array", "minItems": 10**9}), openai.BadRequestError, "100000 items"),
+        (answer_of(FOR_OUTLINES), openai.BadRequestError, "leave out patternProperties"),
+        ({"model": ""}, openai.BadRequestError, "model: found nothing"),
     ],
 )
 def test_errors_are_those_that_the_client_knows(

@@ -223,7 +223,7 @@ def test_tokens_are_capped_at_the_tenants_most(
     path: str, given: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     tenant = Tenant("acme", limits=Limits(max_tokens=7))
-    assert json.loads(read(given, path, tenant).body) == expected
+    assert body_of(given, path, tenant) == expected
 
 
 @pytest.mark.parametrize(
@@ -250,19 +250,26 @@ def test_of_two_values_of_one_key_vllm_gets_the_one_that_was_looked_at() -> None
 def test_a_response_ends_with_its_request() -> None:
     """vLLM refuses one in the background unless it is stored, by whatever it takes for true."""
     for given in ({}, {"store": True}, {"store": "false", "background": True}):
-        assert json.loads(read(given, "/v1/responses").body)["store"] is False
-    assert "store" not in json.loads(read({}, "/v1/completions").body)
+        assert body_of(given, "/v1/responses")["store"] is False
+    assert "store" not in body_of({}, "/v1/completions")
 
 
 def test_a_cap_is_no_more_than_the_model_takes() -> None:
     tenant = Tenant("acme", limits=Limits(max_tokens=4096))
-    chat = json.loads(read({}, "/v1/chat/completions", tenant).body)
-    assert chat == {"max_completion_tokens": 1024}
-    assert json.loads(read({}, "/v1/completions", tenant).body) == {"max_tokens": 16}
+    assert body_of({}, "/v1/chat/completions", tenant) == {"max_completion_tokens": 1024}
+    assert body_of({}, "/v1/completions", tenant) == {"max_tokens": 16}
 
 
 def read(given: dict[str, Any], path: str, tenant: Tenant = EVERYBODY) -> ModelRequest:
-    return read_model_request(json.dumps(given).encode(), path, tenant, max_model_len=1024)
+    body = json.dumps({"model": "mine", **given}).encode()
+    return read_model_request(body, path, tenant, max_model_len=1024)
+
+
+def body_of(given: dict[str, Any], path: str, tenant: Tenant = EVERYBODY) -> dict[str, Any]:
+    """What vLLM gets beside the model."""
+    body: dict[str, Any] = json.loads(read(given, path, tenant).body)
+    assert body.pop("model") == "mine"
+    return body
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/adapters", "/metrics", "/invocations"])
