@@ -142,7 +142,17 @@ async def _traffic(
 
 
 def _memory_mb(server: Server) -> float:
-    """Return what all of the server's processes hold by themselves."""
+    """Return what all of the server's processes hold of the system's memory, without files.
+
+    Pages of files, as of libraries, count for one process or for several by who else runs them.
+    """
     parent = psutil.Process(server.process.pid)
-    processes = [parent, *parent.children(recursive=True)]
-    return sum(float(process.memory_full_info().uss) for process in processes) / 1e6
+    total = 0
+    for process in (parent, *parent.children(recursive=True)):
+        (line,) = (
+            line
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            if line.startswith("RssAnon:")
+        )
+        total += int(line.split()[1])
+    return total * 1024 / 1e6

@@ -28,6 +28,7 @@ NUM_QUARTER = NUM_ADAPTERS // 4
 OVERLOAD = 4.0
 PROMPT, NUM_TOKENS = 12, 16
 WARM_UP_SECONDS, MEASURING_SECONDS = 5, 20
+LOG_SECONDS = 1.0  # until the last answers are in the log, which comes after them
 MIN_ADMITTED = 40  # of each adapter in a whole soak
 MAX_RATIO = 3.0  # of the rarest quarter's waits to those of the most popular one
 # Of the time that sending takes, to what it should take: a client that falls behind on the cores
@@ -50,6 +51,7 @@ def overload(folder: Path, minutes: int, seed: int) -> dict[str, object]:
     with running(command, port, folder / "log") as server:
         capacity = asyncio.run(measure_capacity(server, names, MEASURING_SECONDS))
         print(f"{capacity:.1f} requests/s can be served", file=sys.stderr, flush=True)
+        time.sleep(LOG_SECONDS)
         log_size = server.log.stat().st_size
         outcomes, sent_in = asyncio.run(
             offer(server, names, per_second=OVERLOAD * capacity, seconds=60 * minutes, seed=seed)
@@ -57,6 +59,7 @@ def overload(folder: Path, minutes: int, seed: int) -> dict[str, object]:
         assert server.process.poll() is None, "the server ended under load"
         with httpx.Client(base_url=server.url) as client:
             assert client.get("/ready").status_code == 200
+        time.sleep(LOG_SECONDS)
         waits = read_waits(server, names, log_size)
     assert sent_in < MAX_LAG * 60 * minutes, f"the client was too slow, it sent for {sent_in:.0f} s"
     return {
