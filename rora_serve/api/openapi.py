@@ -56,6 +56,11 @@ _ANSWERS_OF_MODELS = {
         "Of an adapter: milliseconds to get it into the engine.", kind="number"
     ),
 }
+_MODEL = {
+    "type": "string",
+    "minLength": 1,
+    "description": "An adapter: name, name@alias or name@sha256:…; or the base model's name.",
+}
 _DEADLINE_PARAMETER = {
     "name": DEADLINE_HEADER.decode(),
     "in": "header",
@@ -134,8 +139,12 @@ def openapi_document(routes: Sequence[BaseRoute]) -> Json:
         components["schemas"].pop(name, None)
     for path in MODEL_ROUTES & document["paths"].keys():
         for schema in _schemas_of_body(document["paths"][path]["post"]):
+            of_body = components["schemas"][schema]
             for key in NOT_FOR_CLIENTS:
-                components["schemas"][schema]["properties"].pop(key, None)
+                of_body["properties"].pop(key, None)
+            # vLLM would do without; the front door does not.
+            of_body["properties"]["model"] = _MODEL
+            of_body["required"] = sorted({*of_body.get("required", ()), "model"})
     return document
 
 

@@ -109,6 +109,8 @@ def test_what_clients_may_not_say_is_not_described(document: Document) -> None:
         properties = set(schemas[name]["properties"])
         assert {"model", "temperature"} <= properties
         assert not properties & set(NOT_FOR_CLIENTS)
+        assert "model" in schemas[name]["required"], "vLLM would do without"
+        assert schemas[name]["properties"]["model"]["minLength"] == 1
 
 
 def test_errors_are_json_whatever_a_success_is(document: Document) -> None:
