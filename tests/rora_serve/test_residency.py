@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -262,14 +263,22 @@ def test_what_is_refused_takes_nothing_from_requests_on_the_same_weights(place: 
     run(ask())
 
 
+def _let_nobody_lock(root: Path) -> None:
+    """Make a store what it is where it is mounted to be read."""
+    lock = root / ".lock"
+    while not lock.is_dir():
+        lock.unlink()
+        with suppress(FileExistsError):  # a thread of the server's made it anew in between
+            lock.mkdir()
+
+
 def test_what_could_not_be_freed_is_logged_and_was_removed(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def ask() -> None:
         served = await place.server.running("a")
         await place.ask("DELETE", "/v1/adapters/a?force=true")
-        (place.store.root / ".lock").unlink()
-        (place.store.root / ".lock").mkdir()  # as a store that is mounted to be read by now
+        _let_nobody_lock(place.store.root)
         place.server.directory.close(served, was_answered=True)
         async with asyncio.timeout(5):
             while place.server.engine.held:
