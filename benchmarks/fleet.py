@@ -54,12 +54,17 @@ def add_fleet(
     return names
 
 
+def zipf_weights(count: int) -> list[float]:
+    """Return how popular each of `count` adapters is, the k-th as 1 / k."""
+    return [1 / rank for rank in range(1, count + 1)]
+
+
 def zipf_counts(count: int, total: int) -> list[int]:
     """Share `total` requests out among `count` adapters, the k-th as popular as 1 / k.
 
     Largest remainders; the least popular of many get none.
     """
-    weights = np.array([1 / rank for rank in range(1, count + 1)])
+    weights = np.array(zipf_weights(count))
     wanted = weights / weights.sum() * total
     shares = np.floor(wanted).astype(int)
     for index in np.argsort(shares - wanted)[: total - int(shares.sum())]:

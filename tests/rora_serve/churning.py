@@ -16,18 +16,15 @@ import psutil
 
 from adapters import AdapterStore
 from adapters.base_model import cache_folder, find_model
-from benchmarks.fleet import add_fleet
+from benchmarks.fleet import add_fleet, zipf_weights
 from benchmarks.load import TIMEOUT, prompts
-from tests.reference import ATOL
-from tests.rora_serve.serving import Server, free_port, our_command, running
+from tests.rora_serve.serving import Server, free_port, metric_total, our_command, running
+from tests.rora_serve.swapping import MIN_MARGIN
 
 NUM_ADAPTERS, NUM_HELD = 1000, 100
 NUM_CLIENTS, NUM_WATCHED = 8, 40
 WATCHED_SHARE = 0.1  # of the requests, which ask again what was asked before
 PROMPT, NUM_TOKENS = 12, 6
-# The second most likely token must be this far behind, in log-probs, all along: engines in
-# float32 differ by a tenth of it at most, and other requests change what is rounded how.
-MIN_MARGIN = 10 * ATOL["served-log-probs-float32"]
 WARM_UP_SECONDS = 120
 MAX_SLOPE = 1.0  # MB a minute after that
 
@@ -55,7 +52,8 @@ def churn(folder: Path, minutes: int, seed: int) -> dict[str, object]:
         found = asyncio.run(_traffic(server, names, clear, chooser, 60 * minutes))
         after = {name: answer_alone(server, name) for name in watched}
         assert after == before, "an adapter answers otherwise than at the start"
-        assert len(set(clear.values())) > NUM_WATCHED // 4, "the adapters hardly differ"
+        assert len({text for text, _ in before.values()}) > NUM_WATCHED // 2, "they hardly differ"
+        assert len(set(clear.values())) > NUM_WATCHED // 4, "few answers are clear"
     assert found["memory_slope_mb_per_minute"] < MAX_SLOPE, found
     assert found["evictions"] > NUM_HELD, found
     return {"adapters": NUM_ADAPTERS, "held": NUM_HELD, "failures": 0, **found}
@@ -94,7 +92,7 @@ async def _traffic(
     seconds: float,
 ) -> dict[str, Any]:
     """Args: watched: answers that are known, by adapter."""
-    weights = [1 / rank for rank in range(1, len(names) + 1)]
+    weights = zipf_weights(len(names))
     end = time.monotonic() + seconds
     asked: Counter[str] = Counter()
     compared = 0
@@ -128,13 +126,7 @@ async def _traffic(
         "requests": asked.total(),
         "asked_for": len(asked),
         "compared": compared,
-        "evictions": round(
-            sum(
-                float(line.rpartition(" ")[2])
-                for line in page.splitlines()
-                if line.startswith("rora_evictions_total{")
-            )
-        ),
+        "evictions": round(metric_total(page, "rora_evictions_total")),
         "minutes": round(seconds / 60, 1),
         "memory_mb": [round(warm[0][1]), round(warm[-1][1])],
         "memory_slope_mb_per_minute": round(float(slope), 3),

@@ -18,7 +18,7 @@ import numpy as np
 
 from adapters import AdapterStore
 from adapters.base_model import cache_folder, find_model
-from benchmarks.fleet import add_fleet
+from benchmarks.fleet import add_fleet, zipf_weights
 from benchmarks.load import prompts
 from tests.rora_serve.serving import Server, free_port, our_command, running
 from tests.rora_serve.streaming import TIMEOUT, Outcome, ask, limits
@@ -71,7 +71,7 @@ def overload(folder: Path, minutes: int, seed: int) -> dict[str, object]:
 
 async def measure_capacity(server: Server, names: Sequence[str], seconds: float) -> float:
     """Return the requests per second that as many clients as places get answered."""
-    weights = popularity(names)
+    weights = zipf_weights(len(names))
     begun = end = 0.0
     count = 0
 
@@ -94,11 +94,6 @@ async def measure_capacity(server: Server, names: Sequence[str], seconds: float)
     return count / seconds
 
 
-def popularity(names: Sequence[str]) -> list[float]:
-    """Return weights: the k-th is as popular as 1 / k."""
-    return [1 / rank for rank in range(1, len(names) + 1)]
-
-
 async def offer(
     server: Server, names: Sequence[str], *, per_second: float, seconds: float, seed: int
 ) -> tuple[list[Outcome], float]:
@@ -107,7 +102,7 @@ async def offer(
     A client that falls behind makes up for it as fast as it can.
     """
     chooser = random.Random(seed)
-    weights = popularity(names)
+    weights = zipf_weights(len(names))
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as requests:
         trusted = ssl.create_default_context()  # once: each client would read all certificates
         clients = [

@@ -179,6 +179,12 @@ async def _ask(
     )
 
 
+def metric_total(page: str, metric: str) -> float:
+    """Return the sum of a metric over its labels, of what /metrics says."""
+    lines = [line for line in page.splitlines() if line.startswith(f"{metric}{{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
 def requests_in_flight(server: Server) -> int:
     """Return how many requests were let in and are not answered yet."""
     page = httpx.get(f"{server.url}/metrics").text

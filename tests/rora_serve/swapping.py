@@ -15,7 +15,14 @@ from adapters.base_model import cache_folder, find_model
 from benchmarks.load import prompts
 from tests.conftest import LINEAR
 from tests.reference import ATOL
-from tests.rora_serve.serving import Server, ask_together, free_port, our_command, running
+from tests.rora_serve.serving import (
+    Server,
+    ask_together,
+    free_port,
+    metric_total,
+    our_command,
+    running,
+)
 from tests.rora_serve.streaming import TIMEOUT, Outcome, ask, limits
 from tests.workloads import make_random_adapter
 
@@ -199,13 +206,9 @@ async def _run(server: Server, subject: Subject, num_moves: int, chooser: random
 
 async def _prefix_cache(client: httpx.AsyncClient) -> tuple[float, float]:
     """Return tokens that were looked up in the prefix cache so far, and found."""
-    lines = (await client.get("/metrics")).text.splitlines()
-
-    def total(metric: str) -> float:
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(metric))
-
-    looked_up, hits = "vllm:prefix_cache_queries_total{", "vllm:prefix_cache_hits_total{"
-    return total(looked_up), total(hits)
+    page = (await client.get("/metrics")).text
+    looked_up, hits = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
+    return metric_total(page, looked_up), metric_total(page, hits)
 
 
 async def _move(

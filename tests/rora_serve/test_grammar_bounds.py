@@ -15,13 +15,7 @@ from vllm.v1.structured_output import backend_outlines
 
 from rora_serve.api.grammar_bounds import MAX_ITEMS, check_grammar
 from rora_serve.engine.compat import refuse_outlines_unasked
-
-
-def response_format(schema: object) -> dict[str, Any]:
-    return {
-        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    }
-
+from tests.rora_serve.grammars import FOR_OUTLINES, answer_of
 
 LARGE = {"type": "array", "minItems": 1_000_000_000}
 HALVES = {key: {"type": "array", "maxItems": MAX_ITEMS // 2 + 1} for key in "ab"}
@@ -30,13 +24,13 @@ HALVES = {key: {"type": "array", "maxItems": MAX_ITEMS // 2 + 1} for key in "ab"
 @pytest.mark.parametrize(
     ("body", "place"),
     [
-        (response_format(LARGE), "response_format"),
-        (response_format({"anyOf": [{"items": LARGE}]}), "response_format"),
-        (response_format({"properties": HALVES}), "response_format"),
-        (response_format({"minItems": 10**400}), "response_format"),
-        (response_format({"minItems": float("nan")}), "response_format"),
-        (response_format({"minItems": float("inf")}), "response_format"),
-        (response_format([{"minItems": -(10**9)}, {"maxItems": MAX_ITEMS + 1}]), "response_format"),
+        (answer_of(LARGE), "response_format"),
+        (answer_of({"anyOf": [{"items": LARGE}]}), "response_format"),
+        (answer_of({"properties": HALVES}), "response_format"),
+        (answer_of({"minItems": 10**400}), "response_format"),
+        (answer_of({"minItems": float("nan")}), "response_format"),
+        (answer_of({"minItems": float("inf")}), "response_format"),
+        (answer_of([{"minItems": -(10**9)}, {"maxItems": MAX_ITEMS + 1}]), "response_format"),
         ({"text": {"format": {"type": "json_schema", "schema": LARGE}}}, "text"),
         ({"tools": [{"type": "function", "function": {"parameters": LARGE}}]}, "tools"),
         ({"structured_outputs": {"json": LARGE}}, "structured_outputs"),
@@ -60,8 +54,8 @@ def test_more_items_than_an_answer_has_are_refused(body: dict[str, Any], place: 
     [
         {},
         {"response_format": None, "tools": "all", "text": 5, "structured_outputs": [1]},
-        response_format({"type": "array", "minItems": 2, "maxItems": 1000}),
-        response_format({"type": "string", "minLength": 10**9, "maxLength": 10**9}),
+        answer_of({"type": "array", "minItems": 2, "maxItems": 1000}),
+        answer_of({"type": "string", "minLength": 10**9, "maxLength": 10**9}),
         {"tools": [{"function": {"description": "minItems: 1000000000, {1000000000}"}}]},
         {"structured_outputs": {"regex": "a{1000000}", "choice": ["x,1000000000"]}},
         {"structured_outputs": {"grammar": 'root ::= "a"{1,99999} "20261127"'}},
@@ -96,14 +90,9 @@ def test_no_grammar_goes_to_outlines_unless_the_server_is_set_to_it(
     name = "validate_structured_output_request_outlines"
     monkeypatch.setattr(backend_outlines, name, getattr(backend_outlines, name))
     tokenizer: Any = AutoTokenizer.from_pretrained(default_model)
-    schema = {
-        "type": "object",
-        "properties": {"a": {"type": "number", "multipleOf": 2}},
-        "patternProperties": {"^b$": {"type": "string"}},
-    }
 
     def backend_for(config: StructuredOutputsConfig) -> str | None:
-        params = SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(json=FOR_OUTLINES))
         model: Any = SimpleNamespace(is_diffusion=False)
         params._validate_structured_outputs(model, config, tokenizer)
         assert params.structured_outputs is not None

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from adapters import AdapterStore
 from adapters.names import DEFAULT_MODEL_NAME as BASE
+from tests.rora_serve.grammars import FOR_OUTLINES, answer_of
 from tests.rora_serve.serving import Server, ends_within, requests_in_flight
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -34,17 +35,6 @@ class Place(BaseModel):
 
 TOOLS: Any = [openai.pydantic_function_tool(Place, name="look_up")]
 NAMED: Any = {"type": "function", "function": {"name": "look_up"}}
-FOR_OUTLINES = {
-    "type": "object",
-    "properties": {"a": {"type": "number", "multipleOf": 2}},
-    "patternProperties": {"^b$": {"type": "string"}},
-}
-
-
-def answer_of(schema: object) -> dict[str, Any]:
-    """Options of a request whose answer keeps to a schema."""
-    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-    return {"response_format": form}
 
 
 @pytest.fixture
