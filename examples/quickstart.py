@@ -32,7 +32,7 @@ Lines = list[dict[str, Any]]
 
 def main() -> int:
     """Run all of it; the last line of the output is the JSON result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("--started", type=int, default=int(time.time()), help=argparse.SUPPRESS)
     started = parser.parse_args().started
     folder = Path("runs") / f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}"
