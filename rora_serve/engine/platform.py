@@ -1,4 +1,4 @@
-"""RoraCpuPlatform: vLLM's CPU platform, with our worker and the kernels that it leaves unused."""
+"""RoraCpuPlatform: vLLM's CPU platform, with our worker, smaller blocks and unused kernels."""
 
 from typing import TYPE_CHECKING
 
@@ -9,20 +9,27 @@ if TYPE_CHECKING:
     from vllm.config.kernel import IrOpPriorityConfig
 
 WORKER_CLASS = "rora_serve.engine.worker.RaggedCpuWorker"
+# Tokens of a block of the KV cache, where nobody asks for another number. With the 128 that vLLM
+# takes on CPUs attention to short texts takes a quarter longer, and to long ones as long. Prefixes
+# are found in the cache by whole blocks.
+BLOCK_SIZE = 64
 
 
 class RoraCpuPlatform(CpuPlatform):
-    """Names our worker where adapters are served, and compiled norms; the rest is vLLM's."""
+    """Names our worker where adapters are served, a block size and compiled norms."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Let vLLM set up its CPU engine, then name our worker."""
+        """Let vLLM set up its CPU engine, then name our block size and worker."""
         # vLLM would switch compilation off beside its own adapter layers; ours can be compiled.
         lora_config, vllm_config.lora_config = vllm_config.lora_config, None
         try:
             super().check_and_update_config(vllm_config)
         finally:
             vllm_config.lora_config = lora_config
+        cache_config = vllm_config.cache_config
+        if not cache_config.user_specified_block_size and cache_config.block_size > BLOCK_SIZE:
+            cache_config.block_size = BLOCK_SIZE
         if lora_config is not None:
             vllm_config.parallel_config.worker_cls = WORKER_CLASS
 

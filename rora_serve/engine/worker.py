@@ -49,6 +49,16 @@ class RaggedCpuWorker(CPUWorker):
         gc.freeze()
         return times
 
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Make a step, whole where no grammar has to come from the engine's process.
+
+        vLLM asks for its second half by another message only where this returns None.
+        """
+        output = super().execute_model(scheduler_output)
+        if output is None and not scheduler_output.has_structured_output_requests:
+            return self.sample_tokens(None)
+        return output
+
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Make the second half of a step, and note that it is over."""
         try:

@@ -17,6 +17,8 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
@@ -63,14 +65,24 @@ def test_our_manager_has_every_method_that_the_runner_calls() -> None:
         assert len(ours.parameters) == len(theirs.parameters), name
 
 
-def test_a_step_is_two_calls_to_the_worker_of_which_we_see_the_second() -> None:
+def test_a_step_is_two_calls_to_the_worker_the_second_only_where_the_first_returns_none() -> None:
     step = inspect.getsource(EngineCore.step)
-    assert step.index(".execute_model(") < step.index(".sample_tokens(")
-    assert '"sample_tokens"' in inspect.getsource(MultiprocExecutor.sample_tokens)
-    theirs = inspect.signature(CPUWorker.sample_tokens)
-    assert inspect.signature(RaggedCpuWorker.sample_tokens).parameters.keys() == (
-        theirs.parameters.keys()
-    )
+    second = "output is None:\n                model_output = self.model_executor.sample_tokens("
+    assert step.index(".execute_model(") < step.index(second)
+    assert step.count(".sample_tokens(") == 1
+    for name in ("execute_model", "sample_tokens"):
+        assert f'"{name}"' in inspect.getsource(getattr(MultiprocExecutor, name))
+        theirs = inspect.signature(getattr(CPUWorker, name))
+        ours = inspect.signature(getattr(RaggedCpuWorker, name))
+        assert ours.parameters.keys() == theirs.parameters.keys()
+
+
+def test_a_step_has_no_grammar_where_it_says_so() -> None:
+    """So that the worker may make its second half by itself."""
+    grammar = inspect.getsource(Scheduler.get_grammar_bitmask)
+    says = "if not scheduler_output.has_structured_output_requests:\n            return None"
+    assert says in grammar
+    assert SchedulerOutput.has_structured_output_requests is False  # until one is scheduled
 
 
 def test_handlers_look_adapters_up_in_the_mapping_that_we_replace() -> None:
