@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from vllm.config.kernel import IrOpPriorityConfig
 
 WORKER_CLASS = "rora_serve.engine.worker.RaggedCpuWorker"
-# Tokens of a block of the KV cache, where nobody asks for another number. With the 128 that vLLM
-# takes on CPUs attention to short texts takes a quarter longer, and to long ones as long. Prefixes
-# are found in the cache by whole blocks.
-BLOCK_SIZE = 64
+# Tokens of a block of the KV cache, instead of vLLM's default on CPUs. With that one attention to
+# short texts takes a quarter longer, and to long ones as long. Prefixes are found in the cache by
+# whole blocks.
+BLOCK_SIZE, _VLLM_BLOCK_SIZE = 64, 128
 
 
 class RoraCpuPlatform(CpuPlatform):
@@ -28,7 +28,8 @@ class RoraCpuPlatform(CpuPlatform):
         finally:
             vllm_config.lora_config = lora_config
         cache_config = vllm_config.cache_config
-        if not cache_config.user_specified_block_size and cache_config.block_size > BLOCK_SIZE:
+        is_default = cache_config.block_size == _VLLM_BLOCK_SIZE  # some models need another
+        if is_default and not cache_config.user_specified_block_size:
             cache_config.block_size = BLOCK_SIZE
         if lora_config is not None:
             vllm_config.parallel_config.worker_cls = WORKER_CLASS

@@ -70,6 +70,10 @@ def test_a_step_is_two_calls_to_the_worker_the_second_only_where_the_first_retur
     second = "output is None:\n                model_output = self.model_executor.sample_tokens("
     assert step.index(".execute_model(") < step.index(second)
     assert step.count(".sample_tokens(") == 1
+    # And not that engine which makes steps ahead, and always asks for both.
+    assert "self.step if self.batch_queue is None" in inspect.getsource(EngineCore.__init__)
+    is_off = "scheduler_config.async_scheduling = False"
+    assert is_off in inspect.getsource(CpuPlatform.check_and_update_config)
     for name in ("execute_model", "sample_tokens"):
         assert f'"{name}"' in inspect.getsource(getattr(MultiprocExecutor, name))
         theirs = inspect.signature(getattr(CPUWorker, name))
@@ -82,7 +86,28 @@ def test_a_step_has_no_grammar_where_it_says_so() -> None:
     grammar = inspect.getsource(Scheduler.get_grammar_bitmask)
     says = "if not scheduler_output.has_structured_output_requests:\n            return None"
     assert says in grammar
+    step = inspect.getsource(EngineCore.step)
+    assert step.index(".schedule(") < step.index(".execute_model(")
+    says = "scheduler_output.has_structured_output_requests |="
+    assert says in inspect.getsource(Scheduler._update_after_schedule)
     assert SchedulerOutput.has_structured_output_requests is False  # until one is scheduled
+
+
+@pytest.mark.parametrize(
+    ("first", "has_grammar", "expected"),
+    [(None, False, "sampled"), (None, True, None), ("nothing to do", False, "nothing to do")],
+    ids=str,
+)
+def test_the_worker_makes_both_halves_of_a_step_unless_a_grammar_comes_between(
+    first: str | None, has_grammar: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CPUWorker, "execute_model", lambda *_: first)
+    monkeypatch.setattr(CPUWorker, "sample_tokens", lambda *_: "sampled")
+    worker = object.__new__(RaggedCpuWorker)
+    worker._ragged = None
+    output = SchedulerOutput.make_empty()
+    output.has_structured_output_requests = has_grammar
+    assert worker.execute_model(output) == expected
 
 
 def test_handlers_look_adapters_up_in_the_mapping_that_we_replace() -> None:
