@@ -110,9 +110,10 @@ class Duel:
         return prefill_rate(self._ask(server, models, PREFILL_PROMPT, 1), PREFILL_PROMPT)
 
     def rest(self) -> None:
-        """Wait until no server does anything."""
-        time.sleep(QUIET_SECONDS)
-        self._asked = None
+        """Wait until no server does anything, if one was asked since the last time."""
+        if self._asked is not None:
+            time.sleep(QUIET_SECONDS)
+            self._asked = None
 
     def _ask(
         self, server: Server, models: Sequence[str], prompt_length: int, num_tokens: int

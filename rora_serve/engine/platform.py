@@ -12,7 +12,7 @@ WORKER_CLASS = "rora_serve.engine.worker.RaggedCpuWorker"
 # Tokens of a block of the KV cache, instead of vLLM's default on CPUs. With that one attention to
 # short texts takes a quarter longer, and to long ones as long. Prefixes are found in the cache by
 # whole blocks.
-BLOCK_SIZE, _VLLM_BLOCK_SIZE = 64, 128
+_BLOCK_SIZE, _VLLM_BLOCK_SIZE = 64, 128
 
 
 class RoraCpuPlatform(CpuPlatform):
@@ -30,7 +30,7 @@ class RoraCpuPlatform(CpuPlatform):
         cache_config = vllm_config.cache_config
         is_default = cache_config.block_size == _VLLM_BLOCK_SIZE  # some models need another
         if is_default and not cache_config.user_specified_block_size:
-            cache_config.block_size = BLOCK_SIZE
+            cache_config.block_size = _BLOCK_SIZE
         if lora_config is not None:
             vllm_config.parallel_config.worker_cls = WORKER_CLASS
 

@@ -4,12 +4,10 @@ import pytest
 from vllm.config import CacheConfig, VllmConfig
 from vllm.platforms.cpu import CpuPlatform
 
-from rora_serve.engine.platform import BLOCK_SIZE, RoraCpuPlatform
+from rora_serve.engine.platform import RoraCpuPlatform
 
 
-@pytest.mark.parametrize(
-    ("asked_for", "expected"), [(None, BLOCK_SIZE), (32, 32), (128, 128)], ids=str
-)
+@pytest.mark.parametrize(("asked_for", "expected"), [(None, 64), (32, 32), (128, 128)], ids=str)
 def test_blocks_are_smaller_than_vllms_unless_a_size_was_asked_for(
     asked_for: int | None, expected: int
 ) -> None:
