@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 _DEATH_SECONDS = 7.0  # from the engine's death; vLLM ends its server after 5
+_KERNEL_SOURCES = ("instructions", "kernels", "products", "slots")
 _FEW_CORES = 2  # of which none is kept free
 _SHARED_MEMORY_BYTES = 400 * 1024**2
 
@@ -231,10 +232,10 @@ def _cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
 def _kernel_cache(own: Path) -> Path:
     """Return where compiled kernels are kept: beside the models, or with this start's own files.
 
-    numba looks at one source file, and what the loop reads is laid out by another.
+    numba looks at the source file of a function, and not at what that takes from others.
     """
     engine = Path(__file__).parent / "engine"
-    sources = (engine / "kernels.py").read_bytes() + (engine / "slots.py").read_bytes()
+    sources = b"".join((engine / f"{name}.py").read_bytes() for name in _KERNEL_SOURCES)
     kept = cache_folder(os.environ) / "kernels" / hashlib.sha256(sources).hexdigest()[:12]
     try:
         kept.mkdir(parents=True, exist_ok=True)

@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import vllm
 import zmq
 from torch import Tensor, nn
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -81,6 +83,30 @@ def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], 
         return model
 
     model_runner.load_lora_model = load_lora_model
+
+
+def replace_products(make: Callable[[Tensor], Any]) -> None:
+    """Let layers of the base model multiply by what `make` makes of their weights.
+
+    vLLM asks one function for each layer's product, after the weights were read.
+    Args: make: given a weight, returns a function of x, the weight (which may be gone) and the
+        bias, with `pack` to copy the weight; or None, for vLLM's own product.
+    """
+    module: Any = utils
+    dispatch = module.dispatch_cpu_unquantized_gemm
+
+    def dispatch_or_replace(layer: Any, remove_weight: bool) -> None:  # noqa: FBT001  (vLLM's)
+        product = None if layer.weight.is_meta else make(layer.weight)
+        if product is None:
+            dispatch(layer, remove_weight)
+            return
+        layer.cpu_linear = product
+        if remove_weight:
+            product.pack()
+            nothing = torch.empty(0, dtype=layer.weight.dtype)
+            layer.weight = nn.Parameter(nothing, requires_grad=False)
+
+    module.dispatch_cpu_unquantized_gemm = dispatch_or_replace
 
 
 def rank_tokens_uncompiled() -> None:

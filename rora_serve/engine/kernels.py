@@ -6,9 +6,7 @@ the dtype that they have, and asked for ahead. With many rows it is a product of
 tiles are summed up in registers. Sums are float32 whatever the dtypes.
 
 The loop is a C function of one address, that of a Job, so that calling it costs a microsecond or
-two. It works on addresses, since numba's arrays count references and check indices, which costs
-more than the sums of a short row. Tiles are written in LLVM's own instructions, for which numba has
-no words: vectors, 16-bit floats, asking for memory ahead.
+two.
 
 Import this module only in a worker that runs: numba must come after vLLM has registered its own
 kernels.
@@ -16,31 +14,38 @@ kernels.
 
 import ctypes
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
-from numba import carray, cfunc, config, njit, types
-from numba.core import cgutils
+from numba import carray, cfunc, types
 from numba.extending import intrinsic
 
+from rora_serve.engine.instructions import (
+    BITS_64,
+    HAS_AVX512,
+    LANES,
+    Builder,
+    call_address,
+    compiled,
+    inlined,
+    read_int,
+    read_number,
+    size_of,
+    write_number,
+)
 from rora_serve.engine.slots import PANEL, Element
 from rora_serve.engine.threads import Threads
 
 # A tile is a few rows of x and y, and as many rows of A or vectors of a row of Bᵀ as leave
 # registers beside the sums: 16 of 32 are sums with AVX-512, else 12 or 8 of 16.
-_FEATURES = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()
-_HAS_AVX512 = "+avx512f" in _FEATURES.split(",")
-_LANES = 16 if _HAS_AVX512 else 8  # float32 of a vector
 _ROWS = 4
-_FACTORS = 4 if _HAS_AVX512 else 3
-_VECTORS = 4 if _HAS_AVX512 else 2
+_FACTORS = 4 if HAS_AVX512 else 3
+_VECTORS = 4 if HAS_AVX512 else 2
 _CHAINS = 4  # sums of a row alone, so that none waits for the one before
 # Whether a row alone asks for factors ahead. It reads in order, which processors foresee; with
 # AVX2 asking as well costs a tenth, with AVX-512 it saves as much. Tiles of several rows read in
 # several places at once, and gain by it everywhere.
-_ONE_ROW_ASKS = _HAS_AVX512
+_ONE_ROW_ASKS = HAS_AVX512
 _MANY = 16  # rows from which on threads share a group's rows, not its factors, if there are enough
 # Rows that are finished before the next ones of a long group: their part of y is read as it lies,
 # from memory, and an adapter's factors for each of them again, from the second-level cache.
@@ -93,169 +98,6 @@ class Job(ctypes.Structure):
 _JOB = types.Record.make_c_struct([(field[0], types.int64) for field in Job._fields_])
 
 
-_FLOAT, _HALF = ir.FloatType(), ir.HalfType()
-_BITS_64, _BITS_32, _BITS_16, _BITS_8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
-
-
-def _wide(kind: Any, lanes: int) -> Any:
-    return kind if lanes == 1 else ir.VectorType(kind, lanes)
-
-
-def _int_constant(number: int, lanes: int) -> Any:
-    return ir.Constant(_wide(_BITS_32, lanes), number if lanes == 1 else [number] * lanes)
-
-
-class _Builder:
-    """LLVM instructions for numbers at addresses; all addresses are int64.
-
-    Args:
-        builder: llvmlite's.
-        lanes: float32 of a vector; 1 for plain numbers.
-    """
-
-    def __init__(self, builder: Any, lanes: int) -> None:
-        self.builder = builder
-        self.lanes = lanes
-
-    def plus(self, address: Any, *terms: Any) -> Any:
-        for term in terms:
-            address = self.builder.add(address, term)
-        return address
-
-    def times(self, a: Any, b: Any) -> Any:
-        return self.builder.mul(a, b if isinstance(b, ir.Value) else _BITS_64(b))
-
-    def integer(self, address: Any, index: int) -> Any:
-        pointer = self.builder.inttoptr(address, _BITS_64.as_pointer())
-        return self.builder.load(self.builder.gep(pointer, [_BITS_32(index)]))
-
-    def load(self, address: Any, like: Any) -> Any:
-        """Return the numbers at an address, as float32."""
-        stored = _FLOAT if like == types.float32 else _BITS_16
-        pointer = self.builder.inttoptr(address, _wide(stored, self.lanes).as_pointer())
-        found = self.builder.load(pointer, align=like.bitwidth // 8)
-        if like == types.uint16:
-            bits = self.builder.zext(found, _wide(_BITS_32, self.lanes))
-            shifted = self.builder.shl(bits, _int_constant(16, self.lanes))
-            return self.builder.bitcast(shifted, _wide(_FLOAT, self.lanes))
-        if like == types.int16:
-            halves = self.builder.bitcast(found, _wide(_HALF, self.lanes))
-            return self.builder.fpext(halves, _wide(_FLOAT, self.lanes))
-        return found
-
-    def store(self, number: Any, address: Any, like: Any) -> None:
-        """Write float32 numbers, rounded to the nearest, ties to even."""
-        b, lanes = self.builder, self.lanes
-        if like == types.uint16:
-            bits = b.bitcast(number, _wide(_BITS_32, lanes))
-            last = b.and_(b.lshr(bits, _int_constant(16, lanes)), _int_constant(1, lanes))
-            nearest = b.add(bits, b.add(last, _int_constant(0x7FFF, lanes)))
-            is_nan = b.fcmp_unordered("uno", number, number)
-            kept = b.lshr(b.select(is_nan, bits, nearest), _int_constant(16, lanes))
-            number = b.trunc(kept, _wide(_BITS_16, lanes))
-        elif like == types.int16:
-            number = b.bitcast(b.fptrunc(number, _wide(_HALF, lanes)), _wide(_BITS_16, lanes))
-        pointer = b.inttoptr(address, number.type.as_pointer())
-        b.store(number, pointer, align=like.bitwidth // 8)
-
-    def all(self, number: Any) -> Any:
-        """Return a vector of one number."""
-        if self.lanes == 1:
-            return number
-        kind = _wide(_FLOAT, self.lanes)
-        one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), number, _BITS_32(0))
-        return self.builder.shuffle_vector(one, one, _int_constant(0, self.lanes))
-
-    def zero(self) -> Any:
-        """Return a variable, 0 at first."""
-        kind = _wide(_FLOAT, self.lanes)
-        return cgutils.alloca_once_value(self.builder, ir.Constant(kind, None))
-
-    def times_plus(self, a: Any, b: Any, c: Any) -> Any:
-        """Return a * b + c, in one rounding where the processor can."""
-        kind = _wide(_FLOAT, self.lanes)
-        name = "llvm.fmuladd." + ("f32" if self.lanes == 1 else f"v{self.lanes}f32")
-        return self.call(name, kind, a, b, c)
-
-    def sum(self, numbers: Any) -> Any:
-        if self.lanes == 1:
-            return numbers
-        name = f"llvm.vector.reduce.fadd.v{self.lanes}f32"
-        return self.call(name, _FLOAT, _FLOAT(0), numbers, fastmath=("reassoc",))
-
-    def prefetch(self, address: Any) -> None:
-        """Ask for a cache line that will be read soon."""
-        pointer = self.builder.inttoptr(address, _BITS_8.as_pointer())
-        flags = (_BITS_32(0), _BITS_32(3), _BITS_32(1))  # to read, into all caches, data
-        self.call("llvm.prefetch.p0i8", ir.VoidType(), pointer, *flags)
-
-    def call(self, name: str, result: Any, *arguments: Any, fastmath: tuple[str, ...] = ()) -> Any:
-        module = self.builder.module
-        kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        function = module.globals.get(name) or ir.Function(module, kind, name)
-        return self.builder.call(function, arguments, fastmath=fastmath)
-
-    def steps(self, start: Any, stop: Any, step: int) -> AbstractContextManager[Any]:
-        """Loop over the whole steps from start to stop."""
-        one_less = self.builder.sub(stop, _BITS_64(step - 1))
-        return cgutils.for_range_slice(  # type: ignore[no-any-return]
-            self.builder, start, one_less, _BITS_64(step), _BITS_64
-        )
-
-
-@intrinsic
-def _size(_: Any, like: Any) -> Any:
-    """Bytes of an element."""
-
-    def generate(context: Any, __: Any, ___: Any, ____: Any) -> Any:
-        return context.get_constant(types.int64, like.bitwidth // 8)
-
-    return types.int64(like), generate
-
-
-@intrinsic
-def _int(_: Any, address: Any, index: Any) -> Any:
-    """The int64 at `index` after `address`."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        return _Builder(builder, 1).integer(
-            builder.add(values[0], builder.mul(values[1], _BITS_64(8))), 0
-        )
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@intrinsic
-def _get(_: Any, address: Any, like: Any) -> Any:
-    """The number at an address, as float32."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        return _Builder(builder, 1).load(values[0], like)
-
-    return types.float32(types.int64, like), generate
-
-
-@intrinsic
-def _put(_: Any, address: Any, number: Any) -> Any:
-    """Write a float32."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        _Builder(builder, 1).store(values[1], values[0], types.float32)
-
-    return types.void(types.int64, types.float32), generate
-
-
-@intrinsic
-def _call(_: Any, function: Any) -> Any:
-    """Call a C function without arguments, by its address."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        kind = ir.FunctionType(_BITS_32, [])
-        return builder.call(builder.inttoptr(values[0], kind.as_pointer()), [])
-
-    return types.int32(types.int64), generate
-
-
 def _new_dots(num_rows: int, num_factors: int, num_chains: int = 1) -> Callable[..., None]:
     """Return a tile of x Aᵀ: out[i, r] = x[rows[i]] . A[r] for a few rows of each.
 
@@ -278,7 +120,7 @@ def _new_dots(num_rows: int, num_factors: int, num_chains: int = 1) -> Callable[
 
         def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
             x, x_stride, rows, a, length, out, out_stride, ahead, *____ = values
-            vectors, numbers = _Builder(builder, _LANES), _Builder(builder, 1)
+            vectors, numbers = Builder(builder, LANES), Builder(builder, 1)
             size_x, size_a = like_x.bitwidth // 8, like_a.bitwidth // 8
             x_rows = [
                 numbers.plus(x, numbers.times(numbers.integer(rows, i), x_stride))
@@ -287,9 +129,9 @@ def _new_dots(num_rows: int, num_factors: int, num_chains: int = 1) -> Callable[
             row_bytes = numbers.times(length, size_a)
             a_rows = [numbers.plus(a, numbers.times(row_bytes, r)) for r in range(num_factors)]
             tile = [(i, r) for i in range(num_rows) for r in range(num_factors)]
-            step = num_chains * _LANES
+            step = num_chains * LANES
 
-            def add(to: _Builder, sums: Any, c: Any) -> None:
+            def add(to: Builder, sums: Any, c: Any) -> None:
                 a_offset, x_offset = to.times(c, size_a), to.times(c, size_x)
                 factors = [to.load(to.plus(row, a_offset), like_a) for row in a_rows]
                 inputs = [to.load(to.plus(row, x_offset), like_x) for row in x_rows]
@@ -298,18 +140,18 @@ def _new_dots(num_rows: int, num_factors: int, num_chains: int = 1) -> Callable[
                     builder.store(total, sums[i, r])
 
             chains = [{place: vectors.zero() for place in tile} for ______ in range(num_chains)]
-            with vectors.steps(_BITS_64(0), length, step) as (c, ______):
+            with vectors.steps(BITS_64(0), length, step) as (c, ______):
                 for row in a_rows if num_rows > 1 or _ONE_ROW_ASKS else ():
                     asked = vectors.plus(row, vectors.times(c, size_a), ahead)
                     for offset in range(0, step * size_a, 64):
-                        vectors.prefetch(vectors.plus(asked, _BITS_64(offset)))
+                        vectors.prefetch(vectors.plus(asked, BITS_64(offset)))
                 for number, sums in enumerate(chains):
-                    add(vectors, sums, vectors.plus(c, _BITS_64(number * _LANES)))
-            whole = builder.sub(length, builder.urem(length, _BITS_64(step)))
-            with vectors.steps(whole, length, _LANES) as (c, ______):
+                    add(vectors, sums, vectors.plus(c, BITS_64(number * LANES)))
+            whole = builder.sub(length, builder.urem(length, BITS_64(step)))
+            with vectors.steps(whole, length, LANES) as (c, ______):
                 add(vectors, chains[0], c)
             rests = {place: numbers.zero() for place in tile}
-            whole = builder.and_(length, _BITS_64(-_LANES))
+            whole = builder.and_(length, BITS_64(-LANES))
             with numbers.steps(whole, length, 1) as (c, ______):
                 add(numbers, rests, c)
             for i, r in tile:
@@ -317,7 +159,7 @@ def _new_dots(num_rows: int, num_factors: int, num_chains: int = 1) -> Callable[
                 for other in others:
                     vector = builder.fadd(vector, other)
                 total = builder.fadd(vectors.sum(vector), builder.load(rests[i, r]))
-                place = numbers.plus(out, numbers.times(out_stride, i), _BITS_64(4 * r))
+                place = numbers.plus(out, numbers.times(out_stride, i), BITS_64(4 * r))
                 numbers.store(total, place, types.float32)
 
         return types.void(*[types.int64] * 8, like_x, like_a), generate
@@ -344,20 +186,20 @@ def _new_add_tile(num_rows: int, num_vectors: int, lanes: int) -> Callable[..., 
 
         def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
             y, y_stride, rows, s, s_stride, b, b_stride, rank, ahead, scaling, *____ = values
-            to = _Builder(builder, lanes)
-            numbers = _Builder(builder, 1)
+            to = Builder(builder, lanes)
+            numbers = Builder(builder, 1)
             size_y, size_b = like_y.bitwidth // 8, like_b.bitwidth // 8
             y_rows = [to.plus(y, to.times(to.integer(rows, i), y_stride)) for i in range(num_rows)]
             s_rows = [to.plus(s, to.times(s_stride, i)) for i in range(num_rows)]
             tile = [(i, v) for i in range(num_rows) for v in range(num_vectors)]
             sums = {place: to.zero() for place in tile}
-            with to.steps(_BITS_64(0), rank, 1) as (r, ______):
+            with to.steps(BITS_64(0), rank, 1) as (r, ______):
                 row = to.plus(b, to.times(r, b_stride))
                 asked = num_vectors * lanes * size_b if num_rows > 1 or _ONE_ROW_ASKS else 0
                 for offset in range(0, asked, 64):
-                    to.prefetch(to.plus(row, ahead, _BITS_64(offset)))
+                    to.prefetch(to.plus(row, ahead, BITS_64(offset)))
                 factors = [
-                    to.load(to.plus(row, _BITS_64(v * lanes * size_b)), like_b)
+                    to.load(to.plus(row, BITS_64(v * lanes * size_b)), like_b)
                     for v in range(num_vectors)
                 ]
                 for i, s_row in enumerate(s_rows):
@@ -368,7 +210,7 @@ def _new_add_tile(num_rows: int, num_vectors: int, lanes: int) -> Callable[..., 
                         builder.store(total, sums[i, v])
             all_scaling = to.all(scaling)
             for i, v in tile:
-                place = to.plus(y_rows[i], _BITS_64(v * lanes * size_y))
+                place = to.plus(y_rows[i], BITS_64(v * lanes * size_y))
                 total = to.times_plus(all_scaling, builder.load(sums[i, v]), to.load(place, like_y))
                 to.store(total, place, like_y)
 
@@ -380,29 +222,26 @@ def _new_add_tile(num_rows: int, num_vectors: int, lanes: int) -> Callable[..., 
 _dots = _new_dots(_ROWS, _FACTORS)
 _dots_of_one_factor = _new_dots(_ROWS, 1)
 _dot = _new_dots(1, 1, _CHAINS)
-_add_tile = _new_add_tile(_ROWS, _VECTORS, _LANES)
-_add_panel_to_one_row = _new_add_tile(1, PANEL // _LANES, _LANES)
-_add_vector_to_one_row = _new_add_tile(1, 1, _LANES)
+_add_tile = _new_add_tile(_ROWS, _VECTORS, LANES)
+_add_panel_to_one_row = _new_add_tile(1, PANEL // LANES, LANES)
+_add_vector_to_one_row = _new_add_tile(1, 1, LANES)
 _add_number_to_one_row = _new_add_tile(1, 1, 1)
-_TILE_COLUMNS = _VECTORS * _LANES
-
-_compiled = njit(nogil=True, error_model="numpy")
-_inlined = njit(nogil=True, error_model="numpy", forceinline=True)
+_TILE_COLUMNS = _VECTORS * LANES
 
 
-@_inlined
+@inlined
 def _shrunk(job: Any, i: Any, r: Any) -> Any:
     """Address of a number between A and B of the row at place i."""
     return job.shrunk + (i * job.shrunk_stride + r) * 4
 
 
-@_compiled
+@compiled
 def _shrink(
     job: Any, like_x: Any, a: Any, like: Any, first: Any, last: Any, begin: Any, end: Any
 ) -> None:
     """shrunk[i, r] = x[rows[i]] . A[r] for places from first to last, rows from begin to end."""
     x, x_stride, length, out_stride = job.x, job.x_stride, job.in_features, job.shrunk_stride * 4
-    row_bytes = length * _size(like)
+    row_bytes = length * size_of(like)
     i = first
     while i < last:
         rows, r = job.rows + 8 * i, begin
@@ -431,29 +270,31 @@ def _shrink(
             i += 1
 
 
-@_compiled
+@compiled
 def _select(job: Any, a: Any, like: Any, first: Any, last: Any, rank: Any) -> None:
     """shrunk[i, r] = A[r, token of rows[i]]; an embedding's A is laid out by tokens."""
     for i in range(first, last):
-        token = min(max(_int(job.x, _int(job.rows, i)), 0), job.in_features - 1)
+        token = min(max(read_int(job.x, read_int(job.rows, i)), 0), job.in_features - 1)
         for r in range(rank):
-            _put(_shrunk(job, i, r), _get(a + (token * rank + r) * _size(like), like))
+            write_number(
+                _shrunk(job, i, r), read_number(a + (token * rank + r) * size_of(like), like)
+            )
 
 
-@_compiled
+@compiled
 def _expand_panel(
     job: Any, like_y: Any, b: Any, like: Any, first: Any, last: Any, at: Any, rank: Any,
     scaling: Any, column: Any, width: Any,
 ) -> None:  # fmt: skip
     """y[rows[i], column : column + width] += scaling * shrunk[i, at : at + rank] panel."""
-    y_stride, s_stride, b_stride = job.y_stride, job.shrunk_stride * 4, width * _size(like)
+    y_stride, s_stride, b_stride = job.y_stride, job.shrunk_stride * 4, width * size_of(like)
     panel_bytes = rank * b_stride
     i = first
     while i < last:
         num_rows = _ROWS if i + _ROWS <= last else 1
         c = 0
         while c < width:
-            y, at_b = job.y + (column + c) * _size(like_y), b + c * _size(like)
+            y, at_b = job.y + (column + c) * size_of(like_y), b + c * size_of(like)
             rows, s = job.rows + 8 * i, _shrunk(job, i, at)
             if num_rows == 1 and c + PANEL <= width:
                 num_columns = PANEL
@@ -467,8 +308,8 @@ def _expand_panel(
                     y, y_stride, rows, s, s_stride, at_b, b_stride, rank, panel_bytes, scaling,
                     like_y, like,
                 )  # fmt: skip
-            elif c + _LANES <= width:
-                num_columns = _LANES
+            elif c + LANES <= width:
+                num_columns = LANES
                 for row in range(num_rows):
                     _add_vector_to_one_row(
                         y, y_stride, rows + 8 * row, s + s_stride * row, s_stride, at_b, b_stride,
@@ -485,12 +326,12 @@ def _expand_panel(
         i += num_rows
 
 
-@_inlined
+@inlined
 def _rank(job: Any, g: Any, part: Any) -> Any:
-    return _int(job.ranks, g * job.ranks_stride + part)
+    return read_int(job.ranks, g * job.ranks_stride + part)
 
 
-@_inlined
+@inlined
 def _total_rank(job: Any, g: Any) -> Any:
     total = 0
     for part in range(job.num_parts):
@@ -498,60 +339,60 @@ def _total_rank(job: Any, g: Any) -> Any:
     return total
 
 
-@_inlined
+@inlined
 def _expand(
     job: Any, like_y: Any, g: Any, like: Any, first: Any, last: Any, begin: Any, end: Any, work: Any
 ) -> None:
     """Add to rows from first to last the columns from begin / work to end / work of each part."""
     # Bᵀ of the first part comes after all of A.
-    b = _int(job.blocks, g) + _total_rank(job, g) * job.in_features * _size(like)
+    b = read_int(job.blocks, g) + _total_rank(job, g) * job.in_features * size_of(like)
     at = 0
     for part in range(job.num_parts):
         rank = _rank(job, g, part)
         if not rank:
             continue
-        scaling = _get(job.scalings + (g * job.ranks_stride + part) * 4, _LIKE_FLOAT32)
-        start, length = _int(job.columns, 2 * part), _int(job.columns, 2 * part + 1)
+        scaling = read_number(job.scalings + (g * job.ranks_stride + part) * 4, _LIKE_FLOAT32)
+        start, length = read_int(job.columns, 2 * part), read_int(job.columns, 2 * part + 1)
         num_panels = (length + PANEL - 1) // PANEL
         for panel in range(num_panels * begin // work, num_panels * end // work):
             c = panel * PANEL
             _expand_panel(
-                job, like_y, b + c * rank * _size(like), like, first, last, at, rank, scaling,
+                job, like_y, b + c * rank * size_of(like), like, first, last, at, rank, scaling,
                 start + c, min(PANEL, length - c),
             )  # fmt: skip
-        b += rank * length * _size(like)
+        b += rank * length * size_of(like)
         at += rank
 
 
-@_inlined
+@inlined
 def _range(job: Any, g: Any) -> Any:
-    return _int(job.starts, g), _int(job.starts, g + 1)
+    return read_int(job.starts, g), read_int(job.starts, g + 1)
 
 
-@_inlined
+@inlined
 def _num_rows(job: Any, g: Any) -> Any:
     first, last = _range(job, g)
     return last - first
 
 
-@_inlined
+@inlined
 def _work(job: Any, g: Any) -> Any:
     """What a group costs: to read its factors if its rows are few, else to multiply them."""
-    if not _int(job.blocks, g):
+    if not read_int(job.blocks, g):
         return 0
     numbers = 0
     for part in range(job.num_parts):
-        numbers += _rank(job, g, part) * (job.in_features + _int(job.columns, 2 * part + 1))
+        numbers += _rank(job, g, part) * (job.in_features + read_int(job.columns, 2 * part + 1))
     return numbers * max(_num_rows(job, g), _ROWS)
 
 
-@_inlined
+@inlined
 def _do(
     job: Any, like_model: Any, g: Any, like: Any, begin: Any, end: Any, work: Any, half: Any,
     many: Any,
 ) -> None:  # fmt: skip
     """A thread's share of a group, from begin / work to end / work, as far as a half goes."""
-    a, rank = _int(job.blocks, g), _total_rank(job, g)
+    a, rank = read_int(job.blocks, g), _total_rank(job, g)
     first, last = _range(job, g)
     if last - first >= many:
         num_tiles = (last - first + _ROWS - 1) // _ROWS
@@ -576,7 +417,7 @@ def _do(
         _expand(job, like_model, g, like, first, last, begin, end, work)
 
 
-@_compiled
+@compiled
 def _run(job: Any, like: Any) -> None:
     """Each thread takes an equal share of all work: whole groups, and a piece of one at each end.
 
@@ -585,7 +426,7 @@ def _run(job: Any, like: Any) -> None:
     """
     thread, num_threads = 0, 1
     if job.thread_num:
-        thread, num_threads = _call(job.thread_num), _call(job.num_threads)
+        thread, num_threads = call_address(job.thread_num), call_address(job.num_threads)
     many = max(_MANY, num_threads * _ROWS)
     total = 0
     for g in range(job.num_groups):
@@ -593,7 +434,7 @@ def _run(job: Any, like: Any) -> None:
     low, high = total * thread // num_threads, total * (thread + 1) // num_threads
     for half in range(2):
         if half and num_threads > 1:
-            _call(job.barrier)
+            call_address(job.barrier)
         at = 0
         for g in range(job.num_groups):
             work = _work(job, g)
@@ -602,7 +443,7 @@ def _run(job: Any, like: Any) -> None:
             is_done = half and (end - begin == work or _num_rows(job, g) >= many)
             if begin >= end or is_done:
                 continue
-            element = _int(job.elements, g)
+            element = read_int(job.elements, g)
             if element == _FLOAT32:
                 _do(job, like, g, _LIKE_FLOAT32, begin, end, work, half, many)
             elif element == _BFLOAT16:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from rora_serve.engine.compat import (
     check_vllm_version,
     rank_tokens_uncompiled,
     replace_lora_manager,
+    replace_products,
 )
 from rora_serve.engine.handover import SOCKET_VARIABLE, receive_slots
 from rora_serve.engine.manager import RaggedLoraManager
+from rora_serve.engine.threads import Threads
 
 
 class RaggedCpuWorker(CPUWorker):
@@ -27,12 +30,17 @@ class RaggedCpuWorker(CPUWorker):
         rank_tokens_uncompiled()
         super().init_device()  # type: ignore[no-untyped-call]
         self._ragged: RaggedLoraManager | None = None
+        is_compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
+        if not is_compiled:
+            # numba must come after vLLM has registered its own kernels, which it has by now.
+            from rora_serve.engine.products import new_product  # noqa: PLC0415
+
+            replace_products(partial(new_product, threads=Threads(torch.get_num_threads())))
 
         def make_manager(model: Any) -> RaggedLoraManager:
             dtype = self.model_config.dtype
             assert isinstance(dtype, torch.dtype), "vLLM has resolved it by now"
-            mode = self.vllm_config.compilation_config.mode
-            self._ragged = RaggedLoraManager(model, dtype, is_compiled=mode != CompilationMode.NONE)
+            self._ragged = RaggedLoraManager(model, dtype, is_compiled=is_compiled)
             receive_slots(Path(os.environ[SOCKET_VARIABLE]), self._ragged)
             return self._ragged
 

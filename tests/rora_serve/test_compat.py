@@ -9,11 +9,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import zmq
-from torch import nn
+from torch import Tensor, nn
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers import utils
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
@@ -48,6 +51,48 @@ def test_the_runner_loads_its_lora_model_by_the_method_that_we_replace() -> None
     assert "self.load_lora_model(self.model" in inspect.getsource(CPUModelRunner.load_model)
     parameters = list(inspect.signature(LoRAModelRunnerMixin.load_lora_model).parameters)
     assert parameters == ["self", "model", "vllm_config", "device"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_multiply_by_the_product_that_we_make(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """By vLLM's own methods, with vLLM's own product where none is made."""
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
+    made = []
+
+    class Product:
+        def __init__(self, weight: Tensor) -> None:
+            self.weight = weight
+            self.is_packed = False
+
+        def pack(self) -> None:
+            self.is_packed = True
+
+        def __call__(self, x: Tensor, _: Tensor, bias: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight, bias) + 1
+
+    def make(weight: Tensor) -> Product | None:
+        if weight.dtype == torch.float32:
+            made.append(Product(weight))
+            return made[-1]
+        return None
+
+    compat.replace_products(make)
+    methods = (UnquantizedLinearMethod(), True), (UnquantizedEmbeddingMethod(), False)
+    for method, is_weight_taken in methods:
+        layer: Any = nn.Module()
+        weight = torch.randn(64, 32, dtype=dtype)
+        layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        bias = torch.randn(64, dtype=dtype)
+        x = torch.randn(3, 32, dtype=dtype)
+        method.process_weights_after_loading(layer)
+        y = method.apply(layer, x, bias)
+        own = dtype == torch.float32
+        torch.testing.assert_close(y, nn.functional.linear(x, weight, bias) + (1 if own else 0))
+        assert (layer.weight.numel() == 0) == is_weight_taken
+        if own:
+            assert made.pop().is_packed == is_weight_taken, "what is not multiplied is not copied"
 
 
 def test_our_manager_has_every_method_that_the_runner_calls() -> None:

@@ -27,6 +27,7 @@ from tests.rora_serve.slots import make_slot
 
 # As rora_serve.engine.manager does: numba must come after vLLM.
 kernels = importlib.import_module("rora_serve.engine.kernels")
+instructions = importlib.import_module("rora_serve.engine.instructions")
 
 
 @cache
@@ -204,7 +205,7 @@ def test_processors_without_avx512_compute_the_same(tmp_path: Path) -> None:
     """Other vectors, other tiles: in float32 once more, compiled for AVX2."""
     if platform.machine() != "x86_64":
         pytest.skip("AVX2 is x86's")
-    if not kernels._HAS_AVX512:
+    if not instructions.HAS_AVX512:
         pytest.skip("the tests above are compiled for AVX2 already")
     older = {
         "NUMBA_CPU_NAME": "haswell",

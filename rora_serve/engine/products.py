@@ -1,0 +1,267 @@
+"""Products of float32 rows and a weight of the base model, for the few rows of decoding.
+
+vLLM multiplies by oneDNN. On two cores its product takes a fifth longer than this one where rows
+are few, and no less where they are many (docs/decisions/0011). And here a row's numbers are the
+same, to the last bit, whichever rows are beside it: sums go from the first input to the last.
+
+A weight lies in panels of as many of its rows as a tile has columns, so that it is read in order,
+and a thread that is done with its own part takes panels from the others', which another process
+may hold up.
+
+Import this module only in a worker that runs: numba must come after vLLM has registered its own
+kernels.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, types
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rora_serve.engine.instructions import (
+    BITS_64,
+    FEATURES,
+    HAS_AVX512,
+    LANES,
+    Builder,
+    call_address,
+    compiled,
+)
+from rora_serve.engine.threads import Threads
+
+# A tile's sums leave registers for a row of the panel and a number of x: 24 of 32 with AVX-512,
+# else 12 of 16.
+_ROWS = 12 if HAS_AVX512 else 6
+_VECTORS = 2
+_COLUMNS = _VECTORS * LANES
+# Inputs that are summed up at a time. A sum's error grows with its length; and a piece of a panel
+# stays in the first-level cache for one tile after the other.
+_DEPTH = 384
+_CACHE_LINE = 64
+
+
+class Job(ctypes.Structure):
+    """A product. Numbers and addresses, all int64.
+
+    Args:
+        x, x_stride, num_rows: address of [num_rows, in_features], bytes from row to row, and rows.
+        y, y_stride: the same of [num_rows, num_panels * _COLUMNS], which is written.
+        start: address of what is added to every row, [num_panels * _COLUMNS].
+        in_features, num_panels: of the weight.
+        panels: address of [num_panels, in_features, _COLUMNS].
+        taken: address of the numbers of panels that were taken of each thread's part, 0 at first
+            and a cache line apart.
+        thread_num, num_threads: addresses of OpenMP's functions; 0 for one thread.
+
+    All numbers are float32.
+    """
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "x", "x_stride", "num_rows", "y", "y_stride", "start", "in_features", "num_panels",
+            "panels", "taken", "thread_num", "num_threads",
+        )
+    ]  # fmt: skip
+
+
+_JOB = types.Record.make_c_struct([(field[0], types.int64) for field in Job._fields_])
+
+
+@intrinsic
+def _take(_: Any, address: Any) -> Any:
+    """Count one more at an address, whoever else does; return the number before."""
+
+    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], BITS_64.as_pointer())
+        return builder.atomic_rmw("add", pointer, BITS_64(1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _multiply_tile(
+    _: Any, num_rows: Any, x: Any, x_stride: Any, panel: Any, length: Any, y: Any, y_stride: Any,
+    start: Any, start_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """y[i] = start[i] + x[i] panel, for at most _ROWS rows and the columns of a panel.
+
+    Args:
+        num_rows: of the tile.
+        x, panel, y, start: addresses.
+        x_stride, y_stride, start_stride: bytes from row to row.
+        length: rows of the panel.
+        ahead: bytes from what is read of the panel to what is asked for.
+    """
+
+    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
+        num_rows, x, x_stride, panel, length, y, y_stride, start, start_stride, ahead = values
+        vectors, numbers = Builder(builder, LANES), Builder(builder, 1)
+        vector_bytes = 4 * LANES
+
+        def multiply(count: int) -> None:
+            tile = [(i, v) for i in range(count) for v in range(_VECTORS)]
+
+            def place(address: Any, stride: Any, i: int, v: int) -> Any:
+                return vectors.plus(address, vectors.times(stride, i), BITS_64(v * vector_bytes))
+
+            x_rows = [numbers.plus(x, numbers.times(x_stride, i)) for i in range(count)]
+            sums = {at: vectors.zero() for at in tile}
+            with vectors.steps(BITS_64(0), length, 1) as (k, ____):
+                row = vectors.plus(panel, vectors.times(k, _VECTORS * vector_bytes))
+                for offset in range(0, _VECTORS * vector_bytes, 64):
+                    vectors.prefetch(vectors.plus(row, ahead, BITS_64(offset)))
+                weights = [
+                    vectors.load(vectors.plus(row, BITS_64(v * vector_bytes)), types.float32)
+                    for v in range(_VECTORS)
+                ]
+                for i, x_row in enumerate(x_rows):
+                    number = numbers.load(numbers.plus(x_row, numbers.times(k, 4)), types.float32)
+                    factor = vectors.all(number)
+                    for v, weight in enumerate(weights):
+                        total = vectors.times_plus(factor, weight, builder.load(sums[i, v]))
+                        builder.store(total, sums[i, v])
+            for at in tile:
+                first = vectors.load(place(start, start_stride, *at), types.float32)
+                total = builder.fadd(first, builder.load(sums[at]))
+                vectors.store(total, place(y, y_stride, *at), types.float32)
+
+        end = builder.append_basic_block()
+        switch = builder.switch(num_rows, end)
+        for count in range(1, _ROWS + 1):
+            block = builder.append_basic_block()
+            switch.add_case(BITS_64(count), block)
+            builder.position_at_end(block)
+            multiply(count)
+            builder.branch(end)
+        builder.position_at_end(end)
+
+    return types.void(*[types.int64] * 10), generate
+
+
+@compiled
+def _multiply_panel(job: Any, panel: Any, following: Any) -> None:
+    """Write a panel's columns of all rows of y; ask for the panel that follows."""
+    row_bytes = _COLUMNS * 4
+    panel_bytes = job.in_features * row_bytes
+    num_tiles = (job.num_rows + _ROWS - 1) // _ROWS
+    num_pieces = (job.in_features + _DEPTH - 1) // _DEPTH
+    for piece in range(num_pieces):
+        k = job.in_features * piece // num_pieces
+        length = job.in_features * (piece + 1) // num_pieces - k
+        for tile in range(num_tiles):
+            first = job.num_rows * tile // num_tiles
+            last = job.num_rows * (tile + 1) // num_tiles
+            y = job.y + first * job.y_stride + panel * row_bytes
+            start, start_stride = job.start + panel * row_bytes, 0
+            if k:
+                start, start_stride = y, job.y_stride
+            _multiply_tile(
+                last - first, job.x + first * job.x_stride + 4 * k, job.x_stride,
+                job.panels + panel * panel_bytes + k * row_bytes, length, y, job.y_stride,
+                start, start_stride, (following - panel) * panel_bytes,
+            )  # fmt: skip
+
+
+@cfunc(types.void(types.CPointer(_JOB)), cache=True, error_model="numpy")
+def _run(at: Any) -> None:
+    """Take panels of the thread's own part until none is left, then those of others."""
+    job = carray(at, 1)[0]
+    thread, num_threads = 0, 1
+    if job.thread_num:
+        thread, num_threads = call_address(job.thread_num), call_address(job.num_threads)
+    for others in range(num_threads):
+        owner = (thread + others) % num_threads
+        begin = job.num_panels * owner // num_threads
+        end = job.num_panels * (owner + 1) // num_threads
+        taken = job.taken + owner * _CACHE_LINE
+        panel = begin + _take(taken)
+        while panel < end:
+            following = begin + _take(taken)
+            _multiply_panel(job, panel, min(following, end - 1))
+            panel = following
+
+
+class Product:
+    """Multiplies rows by one weight of the base model.
+
+    Args:
+        weight: [out_features, in_features] float32. Its numbers are copied, by `pack` or at the
+            first use.
+        threads: to run on.
+    Cost: a second of compiling the first time on a machine, then numba's cache has it.
+    """
+
+    def __init__(self, weight: Tensor, threads: Threads) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight: Tensor | None = weight
+        self._threads = threads
+        self._bias: Tensor | None = None
+        num_panels = -(-self.out_features // _COLUMNS)
+        self._start = torch.zeros(num_panels * _COLUMNS)
+        self._taken = np.zeros((threads.count, _CACHE_LINE // 8), np.int64)
+        self._job = Job(
+            y_stride=4 * num_panels * _COLUMNS,
+            start=self._start.data_ptr(),
+            in_features=self.in_features,
+            num_panels=num_panels,
+            taken=self._taken.ctypes.data,
+            thread_num=threads.thread_num,
+            num_threads=threads.num_threads,
+        )
+        self._job_address = ctypes.addressof(self._job)
+
+    def pack(self) -> None:
+        """Copy the weight into panels, which are all that is kept of it."""
+        if self._weight is None:
+            return
+        padded = pad(self._weight.detach(), (0, 0, 0, len(self._start) - self.out_features))
+        panels = padded.view(-1, _COLUMNS, self.in_features).transpose(1, 2)
+        self._panels = panels.contiguous()
+        self._job.panels = self._panels.data_ptr()
+        self._weight = None
+
+    def __call__(self, x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x Wᵀ + bias.
+
+        Args:
+            x: [..., in_features] float32.
+            _: the weight, or what vLLM left of it.
+            bias: [out_features] float32.
+        Raises: ValueError: x is of another dtype or width.
+        """
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        if rows.dtype != torch.float32 or rows.shape[1] != self.in_features:
+            raise ValueError(
+                f"input {list(x.shape)} of {x.dtype}: [..., {self.in_features}] of torch.float32 "
+                "is expected"
+            )
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        self.pack()
+        if bias is not self._bias:
+            self._start[: self.out_features] = 0 if bias is None else bias
+            self._bias = bias
+        y = torch.empty((rows.shape[0], len(self._start)))
+        job = self._job
+        job.x, job.x_stride, job.num_rows = rows.data_ptr(), 4 * rows.stride(0), rows.shape[0]
+        job.y = y.data_ptr()
+        self._taken[:] = 0
+        self._threads.run(_run.address, self._job_address)
+        if y.shape[1] != self.out_features:
+            y = y[:, : self.out_features].contiguous()
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+
+def new_product(weight: Tensor, threads: Threads) -> Product | None:
+    """Return the product with a weight; None where vLLM's own is to be used.
+
+    That is for other dtypes and other processors than x86's with AVX2, where nothing was measured.
+    """
+    if weight.dtype != torch.float32 or weight.dim() != 2 or not {"+avx2", "+fma"} <= FEATURES:
+        return None
+    return Product(weight, threads)

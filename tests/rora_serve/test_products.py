@@ -1,0 +1,168 @@
+"""A product of ours equals numpy's in float64, and a row's is the same whatever is beside it."""
+
+import importlib
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rora_serve.engine.threads import Threads
+
+# As rora_serve.engine.worker does: numba must come after vLLM.
+products = importlib.import_module("rora_serve.engine.products")
+instructions = importlib.import_module("rora_serve.engine.instructions")
+
+if platform.machine() != "x86_64":
+    pytest.skip("other processors use vLLM's product", allow_module_level=True)
+
+
+def random(generator: np.random.Generator, *shape: int) -> Tensor:
+    return torch.from_numpy(generator.normal(size=shape).astype(np.float32))
+
+
+def new_product(weight: Tensor, num_threads: int = 2) -> Any:
+    product = products.new_product(weight, Threads(num_threads))
+    assert product is not None
+    return product
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.double() @ weight.double().T
+    return y if bias is None else y + bias.double()
+
+
+def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Roundings that add up like a random walk, each as large as the whole sum's could be."""
+    true = expected(x, weight, bias)
+    size = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.abs())
+    allowed = 2**-24 * (weight.shape[1] + 1) ** 0.5 * size + 1e-7
+    assert ((y.double() - true).abs() <= allowed).all()
+
+
+@given(
+    num_rows=st.integers(0, 40),
+    in_features=st.one_of(st.integers(1, 70), st.sampled_from([2048, 2049, 4100])),
+    out_features=st.integers(1, 140),
+    has_bias=st.booleans(),
+    num_threads=st.sampled_from([1, 2, 3, 7]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=150, deadline=None)
+def test_it_equals_numpys_in_float64(
+    num_rows: int,
+    in_features: int,
+    out_features: int,
+    has_bias: bool,
+    num_threads: int,
+    seed: int,
+) -> None:
+    generator = np.random.default_rng(seed)
+    weight = random(generator, out_features, in_features)
+    bias = random(generator, out_features) if has_bias else None
+    x = random(generator, num_rows, in_features)
+    product = new_product(weight, num_threads)
+    y = product(x, weight, bias)
+    assert y.shape == (num_rows, out_features)
+    if num_rows:
+        check(y, x, weight, bias)
+
+
+@pytest.mark.parametrize("in_features", [576, 1536, 8192])
+def test_sums_are_about_as_exact_as_torchs(in_features: int) -> None:
+    """A single sum from the first input to the last would be 2 to 5 times as far off."""
+    generator = np.random.default_rng(0)
+    weight, x = random(generator, 256, in_features), random(generator, 32, in_features)
+    true = expected(x, weight, None)
+
+    def error(y: Tensor) -> float:
+        return (y.double() - true).square().mean().sqrt().item()
+
+    assert error(new_product(weight)(x, weight, None)) < 1.7 * error(x @ weight.T)
+
+
+def test_any_number_of_rows_is_cut_into_tiles() -> None:
+    generator = np.random.default_rng(0)
+    weight = random(generator, 33, 9)
+    product = new_product(weight)
+    for num_rows in range(1, 40):
+        x = random(generator, num_rows, 9)
+        check(product(x, weight, None), x, weight)
+
+
+def test_a_row_has_the_same_bits_alone_and_beside_others() -> None:
+    generator = np.random.default_rng(1)
+    weight, bias = random(generator, 216, 2100), random(generator, 216)
+    x = random(generator, 70, 2100)
+    product = new_product(weight)
+    together = product(x, weight, bias)
+    for num_rows in (1, 2, 7, 12, 13, 33):
+        parts = [product(part, weight, bias) for part in x.split(num_rows)]
+        assert torch.equal(torch.cat(parts), together), num_rows
+    alone = new_product(weight, 1)(x, weight, bias)
+    assert torch.equal(alone, together), "whichever thread makes it"
+
+
+def test_rows_may_lie_anywhere() -> None:
+    generator = np.random.default_rng(2)
+    weight = random(generator, 40, 24)
+    product = new_product(weight)
+    wide = random(generator, 6, 100)
+    columns = random(generator, 24, 6).T
+    deep = random(generator, 2, 3, 24)
+    for x in (wide[:, 3:27], wide[::2, 3:27], columns, deep, deep.transpose(0, 1), deep[0, 0]):
+        y = product(x, weight, None)
+        assert y.shape == (*x.shape[:-1], 40)
+        check(y.reshape(-1, 40), x.reshape(-1, 24), weight)
+
+
+def test_another_bias_counts_from_then_on() -> None:
+    generator = np.random.default_rng(3)
+    weight, x = random(generator, 40, 24), random(generator, 5, 24)
+    first, second = random(generator, 40), random(generator, 40)
+    product = new_product(weight)
+    for bias in (first, second, None, first):
+        check(product(x, weight, bias), x, weight, bias)
+
+
+def test_rows_that_would_be_misread_are_refused() -> None:
+    weight = torch.ones(4, 3)
+    product = new_product(weight)
+    with pytest.raises(ValueError, match=r"input \[2, 5\] of torch.float32: \[\.\.\., 3\]"):
+        product(torch.ones(2, 5), weight, None)
+    with pytest.raises(ValueError, match=r"of torch.bfloat16: \[\.\.\., 3\] of torch.float32"):
+        product(torch.ones(2, 3, dtype=torch.bfloat16), weight, None)
+
+
+def test_other_weights_stay_vllms() -> None:
+    assert products.new_product(torch.ones(4, 3, dtype=torch.bfloat16), Threads(1)) is None
+    assert products.new_product(torch.ones(2, 4, 3), Threads(1)) is None
+
+
+def test_a_packed_weight_is_not_kept() -> None:
+    weight = torch.ones(4, 3)
+    product = new_product(weight)
+    product.pack()
+    weight[:] = 7  # nobody looks at it any more
+    assert torch.equal(product(torch.ones(1, 3), weight, None), torch.full((1, 4), 3.0))
+
+
+def test_processors_without_avx512_compute_the_same(tmp_path: Path) -> None:
+    """Other vectors, other tiles: once more, compiled for AVX2."""
+    if not instructions.HAS_AVX512:
+        pytest.skip("the tests above are compiled for AVX2 already")
+    older = {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,-avx512f",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    subprocess.run(command, env={**os.environ, **older}, check=True, timeout=300)
