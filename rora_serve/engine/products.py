@@ -148,23 +148,25 @@ def _multiply_panel(job: Any, panel: Any, following: Any) -> None:
     """Write a panel's columns of all rows of y; ask for the panel that follows."""
     row_bytes = _COLUMNS * 4
     panel_bytes = job.in_features * row_bytes
+    ahead = (following - panel) * panel_bytes
     num_tiles = (job.num_rows + _ROWS - 1) // _ROWS
     num_pieces = (job.in_features + _DEPTH - 1) // _DEPTH
-    for piece in range(num_pieces):
-        k = job.in_features * piece // num_pieces
-        length = job.in_features * (piece + 1) // num_pieces - k
-        for tile in range(num_tiles):
-            first = job.num_rows * tile // num_tiles
-            last = job.num_rows * (tile + 1) // num_tiles
-            y = job.y + first * job.y_stride + panel * row_bytes
-            start, start_stride = job.start + panel * row_bytes, 0
-            if k:
-                start, start_stride = y, job.y_stride
+    for tile in range(num_tiles):
+        first = job.num_rows * tile // num_tiles
+        num_rows = job.num_rows * (tile + 1) // num_tiles - first
+        x = job.x + first * job.x_stride
+        y = job.y + first * job.y_stride + panel * row_bytes
+        start, start_stride = job.start + panel * row_bytes, 0
+        for piece in range(num_pieces):
+            k = job.in_features * piece // num_pieces
+            length = job.in_features * (piece + 1) // num_pieces - k
+            weight = job.panels + panel * panel_bytes + k * row_bytes
             _multiply_tile(
-                last - first, job.x + first * job.x_stride + 4 * k, job.x_stride,
-                job.panels + panel * panel_bytes + k * row_bytes, length, y, job.y_stride,
-                start, start_stride, (following - panel) * panel_bytes,
+                num_rows, x + 4 * k, job.x_stride, weight, length, y, job.y_stride, start,
+                start_stride, ahead,
             )  # fmt: skip
+            start, start_stride = y, job.y_stride
+        ahead = 0  # it was asked for once
 
 
 @cfunc(types.void(types.CPointer(_JOB)), cache=True, error_model="numpy")
