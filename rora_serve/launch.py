@@ -102,7 +102,7 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     try:
         with tempfile.TemporaryDirectory(prefix="rora-serve-") as own:
             os.environ[SOCKET_VARIABLE] = str(Path(own, "worker"))
-            os.environ["NUMBA_CACHE_DIR"] = str(_kernel_cache(Path(own)))
+            os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache(Path(own)))
             died = uvloop.run(_serve(arguments, parts))
     except RoraError:
         raise
@@ -229,7 +229,7 @@ def _cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
         return None
 
 
-def _kernel_cache(own: Path) -> Path:
+def kernel_cache(own: Path) -> Path:
     """Return where compiled kernels are kept: beside the models, or with this start's own files.
 
     numba looks at the source file of a function, and not at what that takes from others.

@@ -3,7 +3,7 @@
 tests/rora_serve/test_compat.py fails when one of them moves.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,9 @@ def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], 
     model_runner.load_lora_model = load_lora_model
 
 
+_VLLMS_DISPATCH: Any = utils.dispatch_cpu_unquantized_gemm
+
+
 def replace_products(make: Callable[[Tensor], Any]) -> None:
     """Let layers of the base model multiply by what `make` makes of their weights.
 
@@ -93,12 +96,11 @@ def replace_products(make: Callable[[Tensor], Any]) -> None:
         bias, with `pack` to copy the weight; or None, for vLLM's own product.
     """
     module: Any = utils
-    dispatch = module.dispatch_cpu_unquantized_gemm
 
     def dispatch_or_replace(layer: Any, remove_weight: bool) -> None:  # noqa: FBT001  (vLLM's)
         product = None if layer.weight.is_meta else make(layer.weight)
         if product is None:
-            dispatch(layer, remove_weight)
+            _VLLMS_DISPATCH(layer, remove_weight)
             return
         layer.cpu_linear = product
         if remove_weight:
@@ -107,6 +109,27 @@ def replace_products(make: Callable[[Tensor], Any]) -> None:
             layer.weight = nn.Parameter(nothing, requires_grad=False)
 
     module.dispatch_cpu_unquantized_gemm = dispatch_or_replace
+
+
+def pack_heads(model: nn.Module) -> None:
+    """Let products of output heads copy their weights, which embeddings may share.
+
+    Embeddings are multiplied by nobody, and keep the weight alone.
+    """
+    for _, _, head in _heads(model):
+        pack = getattr(getattr(head, "cpu_linear", None), "pack", None)
+        if pack is not None:
+            pack()
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, LogitsProcessor, VocabParallelEmbedding]]:
+    """Yield each output head's path, what applies it, and what holds its weight."""
+    for name, module in model.named_modules():
+        if isinstance(module, LogitsProcessor):
+            parent, dot, _ = name.rpartition(".")
+            head = getattr(model.get_submodule(parent), "lm_head", None)
+            if isinstance(head, VocabParallelEmbedding):
+                yield f"{parent}{dot}lm_head", module, head
 
 
 def rank_tokens_uncompiled() -> None:
@@ -163,7 +186,7 @@ def base_layers(model: nn.Module) -> list[BaseLayer]:
     get_language_model: Any = getattr(model, "get_language_model", lambda: model)
     inside = {id(module) for module in get_language_model().modules()}
     for name, module in model.named_modules():
-        if id(module) not in inside and not isinstance(module, LogitsProcessor):
+        if id(module) not in inside:
             continue
         if isinstance(module, LinearBase) and name.rpartition(".")[2] not in _ABSORBED:
             parts = linear_parts(name, module, model)
@@ -171,13 +194,9 @@ def base_layers(model: nn.Module) -> list[BaseLayer]:
         elif isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
             parts = {name: (0, module.embedding_dim)}
             found.append(BaseLayer(name, module, "embedding", module.org_vocab_size, parts))
-        elif isinstance(module, LogitsProcessor):
-            parent, dot, _ = name.rpartition(".")
-            head = getattr(model.get_submodule(parent), "lm_head", None)
-            if isinstance(head, VocabParallelEmbedding):
-                path = f"{parent}{dot}lm_head"
-                parts = {path: (0, head.org_vocab_size)}
-                found.append(BaseLayer(path, module, "linear", head.embedding_dim, parts))
+    for path, processor, head in _heads(model):
+        parts = {path: (0, head.org_vocab_size)}
+        found.append(BaseLayer(path, processor, "linear", head.embedding_dim, parts))
     return found
 
 

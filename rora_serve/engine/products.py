@@ -1,15 +1,15 @@
 """Products of float32 rows and a weight of the base model, for the few rows of decoding.
 
 vLLM multiplies by oneDNN. On two cores its product takes a fifth longer than this one where rows
-are few, and no less where they are many (docs/decisions/0011). And here a row's numbers are the
-same, to the last bit, whichever rows are beside it: sums go from the first input to the last.
+are few, and within 3 % as long where they are many (docs/decisions/0011). And here a row's numbers
+are the same, to the last bit, whichever rows are beside it: each sum is made in one order.
 
 A weight lies in panels of as many of its rows as a tile has columns, so that it is read in order,
 and a thread that is done with its own part takes panels from the others', which another process
 may hold up.
 
 Import this module only in a worker that runs: numba must come after vLLM has registered its own
-kernels.
+kernels. The import compiles for a second the first time on a machine, then numba's cache has it.
 """
 
 import ctypes
@@ -20,7 +20,6 @@ import torch
 from numba import carray, cfunc, types
 from numba.extending import intrinsic
 from torch import Tensor
-from torch.nn.functional import pad
 
 from rora_serve.engine.instructions import (
     BITS_64,
@@ -38,8 +37,7 @@ from rora_serve.engine.threads import Threads
 _ROWS = 12 if HAS_AVX512 else 6
 _VECTORS = 2
 _COLUMNS = _VECTORS * LANES
-# Inputs that are summed up at a time. A sum's error grows with its length; and a piece of a panel
-# stays in the first-level cache for one tile after the other.
+# Inputs that are summed up at a time, at most: a sum's error grows with its length.
 _DEPTH = 384
 _CACHE_LINE = 64
 
@@ -195,16 +193,18 @@ class Product:
         weight: [out_features, in_features] float32. Its numbers are copied, by `pack` or at the
             first use.
         threads: to run on.
-    Cost: a second of compiling the first time on a machine, then numba's cache has it.
+
+    Not for two threads at once, nor to be copied: there is one job, which is named by its address.
     """
 
     def __init__(self, weight: Tensor, threads: Threads) -> None:
         self.out_features, self.in_features = weight.shape
         self._weight: Tensor | None = weight
         self._threads = threads
-        self._bias: Tensor | None = None
         num_panels = -(-self.out_features // _COLUMNS)
-        self._start = torch.zeros(num_panels * _COLUMNS)
+        # While a model is loaded, torch's default is the model's dtype.
+        self._start = torch.zeros(num_panels * _COLUMNS, dtype=torch.float32, device="cpu")
+        self._has_bias = False
         self._taken = np.zeros((threads.count, _CACHE_LINE // 8), np.int64)
         self._job = Job(
             y_stride=4 * num_panels * _COLUMNS,
@@ -221,9 +221,15 @@ class Product:
         """Copy the weight into panels, which are all that is kept of it."""
         if self._weight is None:
             return
-        padded = pad(self._weight.detach(), (0, 0, 0, len(self._start) - self.out_features))
-        panels = padded.view(-1, _COLUMNS, self.in_features).transpose(1, 2)
-        self._panels = panels.contiguous()
+        weight = self._weight.detach()
+        shape = (self._job.num_panels, self.in_features, _COLUMNS)
+        self._panels = torch.empty(shape, dtype=torch.float32, device="cpu")
+        whole, rest = divmod(self.out_features, _COLUMNS)
+        panels = weight[: whole * _COLUMNS].view(whole, _COLUMNS, self.in_features)
+        self._panels[:whole] = panels.transpose(1, 2)
+        if rest:
+            self._panels[whole] = 0
+            self._panels[whole, :, :rest] = weight[whole * _COLUMNS :].T
         self._job.panels = self._panels.data_ptr()
         self._weight = None
 
@@ -234,7 +240,7 @@ class Product:
             x: [..., in_features] float32.
             _: the weight, or what vLLM left of it.
             bias: [out_features] float32.
-        Raises: ValueError: x is of another dtype or width.
+        Raises: ValueError: x or bias is of another dtype or size.
         """
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.dtype != torch.float32 or rows.shape[1] != self.in_features:
@@ -245,10 +251,9 @@ class Product:
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         self.pack()
-        if bias is not self._bias:
-            self._start[: self.out_features] = 0 if bias is None else bias
-            self._bias = bias
-        y = torch.empty((rows.shape[0], len(self._start)))
+        if bias is not None or self._has_bias:
+            self._set_bias(bias)
+        y = torch.empty((rows.shape[0], len(self._start)), dtype=torch.float32, device="cpu")
         job = self._job
         job.x, job.x_stride, job.num_rows = rows.data_ptr(), 4 * rows.stride(0), rows.shape[0]
         job.y = y.data_ptr()
@@ -257,6 +262,18 @@ class Product:
         if y.shape[1] != self.out_features:
             y = y[:, : self.out_features].contiguous()
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _set_bias(self, bias: Tensor | None) -> None:
+        self._has_bias = bias is not None
+        if bias is None:
+            self._start.zero_()
+            return
+        if bias.dtype != torch.float32 or bias.shape != (self.out_features,):
+            raise ValueError(
+                f"bias {list(bias.shape)} of {bias.dtype}: [{self.out_features}] of torch.float32 "
+                "is expected"
+            )
+        self._start[: self.out_features].copy_(bias.detach())
 
 
 def new_product(weight: Tensor, threads: Threads) -> Product | None:

@@ -37,7 +37,9 @@ class Threads:
         try:
             parallel, *others = map(_address_for_torch, _NAMES)
         except (OSError, AttributeError) as error:
-            logger.warning("adapters get one thread, torch's OpenMP was not found (%s)", error)
+            logger.warning(
+                "compiled functions get one thread, torch's OpenMP was not found (%s)", error
+            )
             return
         self._parallel = _PARALLEL(parallel)
         self.thread_num, self.num_threads, self.barrier = others

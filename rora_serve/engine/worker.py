@@ -12,6 +12,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rora_serve.engine.compat import (
     check_vllm_version,
+    pack_heads,
     rank_tokens_uncompiled,
     replace_lora_manager,
     replace_products,
@@ -35,7 +36,9 @@ class RaggedCpuWorker(CPUWorker):
             # numba must come after vLLM has registered its own kernels, which it has by now.
             from rora_serve.engine.products import new_product  # noqa: PLC0415
 
-            replace_products(partial(new_product, threads=Threads(torch.get_num_threads())))
+            threads = Threads(torch.get_num_threads())
+            if threads.count == torch.get_num_threads():
+                replace_products(partial(new_product, threads=threads))
 
         def make_manager(model: Any) -> RaggedLoraManager:
             dtype = self.model_config.dtype
@@ -45,6 +48,11 @@ class RaggedCpuWorker(CPUWorker):
             return self._ragged
 
         replace_lora_manager(self.model_runner, make_manager)
+
+    def load_model(self, *arguments: Any, **options: Any) -> None:
+        """Load the base model, and copy the weight of its head now, not in the first step."""
+        super().load_model(*arguments, **options)
+        pack_heads(self.model_runner.model)
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, and keep what is there by then out of garbage collections.

@@ -1,5 +1,6 @@
 """A server with adapters of every kind, shared by the tests of this folder, and PEFT beside it."""
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from adapters import AdapterConfig, AdapterStore, open_artifact, write_artifact
 from adapters.names import DEFAULT_MODEL_NAME as BASE
 from adapters.receipt import read_base_shapes
+from rora_serve.launch import kernel_cache
 from rora_serve.side_process import SideProcess
 from tests.conftest import LINEAR
 from tests.reference import ATOL
@@ -55,6 +57,9 @@ from trainer.inject import inject_artifact
 from trainer.model import load_base, load_tokenizer
 from trainer.optim import RankAdamW
 from trainer.run import train
+
+# By what all of its sources are, as servers do: numba itself looks at one of them.
+os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache(Path(__file__).parent))
 
 NUM_TOKENS = 32
 TOLERANCE = ATOL["served-log-probs-float32"]

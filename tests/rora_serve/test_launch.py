@@ -1,6 +1,7 @@
 """How adapters get into an engine that is not on a CPU, where our layers step aside."""
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ def test_a_containers_share_of_processors_is_rounded_up(tmp_path: Path) -> None:
     for text, expected in (("max 100000", None), ("250000 100000", 3), ("5000 100000", 1)):
         (tmp_path / "cpu.max").write_text(text)
         assert launch._cpu_quota(tmp_path) == expected
+
+
+def test_kernels_are_compiled_anew_when_any_of_their_sources_changes() -> None:
+    """All modules of the engine that compiled functions take code or sizes from."""
+    engine = Path(launch.__file__).parent / "engine"
+    sources, found = {"kernels", "products"}, set[str]()
+    while sources:
+        name = sources.pop()
+        found.add(name)
+        text = (engine / f"{name}.py").read_text()
+        sources |= set(re.findall(r"from rora_serve\.engine\.(\w+) import", text)) - found
+    assert set(launch._KERNEL_SOURCES) == found - {"threads"}, "which only runs them"
 
 
 def test_on_gpus_vllm_loads_and_drops_adapters_itself(place: Place) -> None:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,30 @@ def test_rows_may_lie_anywhere() -> None:
         check(y.reshape(-1, 40), x.reshape(-1, 24), weight)
 
 
-def test_another_bias_counts_from_then_on() -> None:
+def test_the_bias_is_that_of_the_call() -> None:
     generator = np.random.default_rng(3)
     weight, x = random(generator, 40, 24), random(generator, 5, 24)
     first, second = random(generator, 40), random(generator, 40)
     product = new_product(weight)
     for bias in (first, second, None, first):
         check(product(x, weight, bias), x, weight, bias)
+    first += 1
+    check(product(x, weight, first), x, weight, first)
+
+
+def test_a_float32_layer_of_a_model_in_16_bits_is_multiplied_in_float32() -> None:
+    """vLLM makes layers, and what they are multiplied by, while torch's default is the model's."""
+    generator = np.random.default_rng(4)
+    weight, bias, x = random(generator, 70, 24), random(generator, 70), random(generator, 5, 24)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        product = new_product(weight)
+        product.pack()
+        outputs = [product(x, weight, None), product(x, weight, bias)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    check(outputs[0], x, weight)
+    check(outputs[1], x, weight, bias)
 
 
 def test_rows_that_would_be_misread_are_refused() -> None:
@@ -138,8 +156,12 @@ def test_rows_that_would_be_misread_are_refused() -> None:
     product = new_product(weight)
     with pytest.raises(ValueError, match=r"input \[2, 5\] of torch.float32: \[\.\.\., 3\]"):
         product(torch.ones(2, 5), weight, None)
-    with pytest.raises(ValueError, match=r"of torch.bfloat16: \[\.\.\., 3\] of torch.float32"):
-        product(torch.ones(2, 3, dtype=torch.bfloat16), weight, None)
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(ValueError, match=rf"of {dtype}: \[\.\.\., 3\] of torch.float32"):
+            product(torch.ones(2, 3, dtype=dtype), weight, None)
+    for bias in (torch.ones(1), torch.ones(4, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"bias \[.\] of .*: \[4\] of torch.float32"):
+            product(torch.ones(2, 3), weight, bias)
 
 
 def test_other_weights_stay_vllms() -> None:
@@ -148,11 +170,15 @@ def test_other_weights_stay_vllms() -> None:
 
 
 def test_a_packed_weight_is_not_kept() -> None:
-    weight = torch.ones(4, 3)
-    product = new_product(weight)
-    product.pack()
-    weight[:] = 7  # nobody looks at it any more
-    assert torch.equal(product(torch.ones(1, 3), weight, None), torch.full((1, 4), 3.0))
+    for in_features in (1, 3):
+        weight = torch.ones(64, in_features)
+        product = new_product(weight)
+        product.pack()
+        kept = weakref.ref(weight)
+        del weight
+        assert kept() is None
+        y = product(torch.ones(1, in_features), torch.empty(0), None)
+        assert torch.equal(y, torch.full((1, 64), float(in_features)))
 
 
 def test_processors_without_avx512_compute_the_same(tmp_path: Path) -> None:
