@@ -1,10 +1,7 @@
 """A product of ours equals numpy's in float64, and a row's is the same whatever is beside it."""
 
 import importlib
-import os
 import platform
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rora_serve.engine.threads import Threads
+from tests.rora_serve.older_processor import run_compiled_for_avx2
 
 # As rora_serve.engine.worker does: numba must come after vLLM.
 products = importlib.import_module("rora_serve.engine.products")
@@ -188,10 +186,4 @@ def test_processors_without_avx512_compute_the_same(tmp_path: Path) -> None:
     """Other vectors, other tiles: once more, compiled for AVX2."""
     if not instructions.HAS_AVX512:
         pytest.skip("the tests above are compiled for AVX2 already")
-    older = {
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,-avx512f",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    subprocess.run(command, env={**os.environ, **older}, check=True, timeout=300)
+    run_compiled_for_avx2(__file__, tmp_path)

@@ -1,10 +1,7 @@
 """Every mix of rows and adapters equals a loop, whichever way it is computed."""
 
 import importlib
-import os
 import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +20,7 @@ from rora_serve.engine.ragged_layers import DTYPES, RaggedLayer
 from rora_serve.engine.slots import Slot
 from rora_serve.engine.threads import Threads
 from tests.reference import ATOL, Array, ragged_delta_loop
+from tests.rora_serve.older_processor import run_compiled_for_avx2
 from tests.rora_serve.slots import make_slot
 
 # As rora_serve.engine.manager does: numba must come after vLLM.
@@ -207,14 +205,7 @@ def test_processors_without_avx512_compute_the_same(tmp_path: Path) -> None:
         pytest.skip("AVX2 is x86's")
     if not instructions.HAS_AVX512:
         pytest.skip("the tests above are compiled for AVX2 already")
-    older = {
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,-avx512f",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    chosen = ["-k", "dtype0 or threads or embedding"]
-    subprocess.run([*command, *chosen], env={**os.environ, **older}, check=True, timeout=300)
+    run_compiled_for_avx2(__file__, tmp_path, "-k", "dtype0 or threads or embedding")
 
 
 def test_an_embedding_adds_what_its_tokens_select() -> None:
