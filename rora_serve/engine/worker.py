@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rora_serve.engine.compat import (
     replace_products,
 )
 from rora_serve.engine.handover import SOCKET_VARIABLE, receive_slots
+from rora_serve.engine.kv_memory import kv_memory
 from rora_serve.engine.manager import RaggedLoraManager
 from rora_serve.engine.threads import Threads
 
@@ -29,6 +31,7 @@ class RaggedCpuWorker(CPUWorker):
         """Set up vLLM's worker, then put our manager where it will make its own."""
         check_vllm_version()
         rank_tokens_uncompiled()
+        self._kv_memory = kv_memory(self.cache_config.kv_cache_memory_bytes)
         super().init_device()  # type: ignore[no-untyped-call]
         self._ragged: RaggedLoraManager | None = None
         is_compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
@@ -53,6 +56,12 @@ class RaggedCpuWorker(CPUWorker):
         """Load the base model, and copy the weight of its head now, not in the first step."""
         super().load_model(*arguments, **options)
         pack_heads(self.model_runner.model)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Make the KV cache, of memory that has been looked for since the start."""
+        with self._kv_memory or nullcontext():
+            super().initialize_from_config(kv_cache_config)
+        self._kv_memory = None  # what is left of it
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, and keep what is there by then out of garbage collections.
