@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import hashlib
 import math
 import os
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,6 +34,7 @@ from rora_serve.admission import Admission
 from rora_serve.catalog import Catalog
 from rora_serve.chat_templates import TemplateProcess
 from rora_serve.config import ServeConfig
+from rora_serve.engine.forking import can_fork, fork_server
 from rora_serve.engine.handover import SOCKET_VARIABLE
 from rora_serve.engine.platform_plugin import SEAM_FLAG, SLEEP_FLAG
 from rora_serve.intake import Intake
@@ -73,13 +75,26 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
         PreloadError: one of them can not be served.
         EngineSeamError: the engine came up without our layers; nothing was served.
     """
+    gc.disable()  # imports make a million objects that stay; looking through them takes 1.5 s
     _check_shared_memory()
     _set_environment()
+    signal.signal(signal.SIGTERM, _end_start)  # until vLLM installs its own handler
+    with tempfile.TemporaryDirectory(prefix="rora-serve-") as own:
+        os.environ[SOCKET_VARIABLE] = str(Path(own, "worker"))
+        os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache(Path(own)))
+        # torch.compile reads what vLLM sets when it is imported, too early in the fork server.
+        is_forked = not config.compile and can_fork(os.environ, vllm_options)
+        with fork_server() if is_forked else nullcontext():
+            return _launch(config, model, base_name=base_name, vllm_options=vllm_options)
+
+
+def _launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: list[str]) -> int:
+    """Serve, now that the environment is set, which vLLM reads when it is imported."""
     from rora_serve.engine.compat import check_vllm_version  # noqa: PLC0415  (imports vLLM)
 
     check_vllm_version()
     _confirm_platform()
-    import uvloop  # noqa: PLC0415  (after the environment is set, which vLLM reads at import)
+    import uvloop  # noqa: PLC0415  (comes with vLLM)
 
     own_options = engine_options(config, model, base_name, vllm_options)
     arguments = parse_options(own_options, vllm_options)
@@ -98,12 +113,8 @@ def launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: li
     if plan.problems:
         raise ConfigError("; ".join(plan.problems))
     parts = _Parts(config, base, shapes, store, keys, capacity, plan)
-    signal.signal(signal.SIGTERM, _end_start)  # until vLLM installs its own handler
     try:
-        with tempfile.TemporaryDirectory(prefix="rora-serve-") as own:
-            os.environ[SOCKET_VARIABLE] = str(Path(own, "worker"))
-            os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache(Path(own)))
-            died = uvloop.run(_serve(arguments, parts))
+        died = uvloop.run(_serve(arguments, parts))
     except RoraError:
         raise
     except (RuntimeError, ValueError, OSError) as error:  # what vLLM raises while it starts
@@ -283,6 +294,8 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
     from rora_serve.engine.compat import drop_lora_info  # noqa: PLC0415
     from rora_serve.observed import observe  # noqa: PLC0415
 
+    gc.freeze()
+    gc.enable()
     address, sock = setup_server(arguments, reuse_port=False)
     loader = Loader(Path(os.environ[SOCKET_VARIABLE])) if is_cpu_build() else None
     process = SideProcess()

@@ -5,6 +5,7 @@ tests/rora_serve/test_compat.py fails when one of them moves.
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.renderers import hf
 from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import utils as engine_utils
+from vllm.v1.executor import multiproc_executor
 from vllm.v1.sample import sampler
 from vllm.v1.structured_output import backend_outlines
 
@@ -69,6 +72,17 @@ def sleep_between_messages() -> None:
             socket.bind(address)
 
     condition_type.__init__ = make_with_room
+
+
+def fork_processes(context: BaseContext) -> None:
+    """Let vLLM start its processes by `context`.
+
+    It knows of fork servers, and its settings do not take one. What it asks for instead, new
+    interpreters, is what it does with any context that is not named "fork".
+    """
+    for module in (engine_utils, multiproc_executor):
+        starting: Any = module
+        starting.get_mp_context = lambda: context
 
 
 def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], Any]) -> None:

@@ -6,7 +6,9 @@ vLLM writes zeros to all of it when it makes the cache, and waits. In a virtual 
 
 import ctypes
 import mmap
+import os
 import threading
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -64,6 +66,9 @@ class KvMemory(TorchFunctionMode):
         By writing to it as long as it is nobody's: that way nobody else in the process has to wait
         to map memory, as whoever loads a model does all the time.
         """
+        # Who loads the model is bound to the first of the cores that compute.
+        with suppress(OSError, AttributeError):
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         for at in range(start, start + self._num_bytes, _HUGE_PAGE):
             size = min(_HUGE_PAGE, start + self._num_bytes - at)

@@ -6,6 +6,8 @@ import os
 SEAM_FLAG = "RORA_SERVE_ENGINE_SEAM"
 # Set by it too, where every core computes.
 SLEEP_FLAG = "RORA_SERVE_SLEEP_BETWEEN_MESSAGES"
+# Set by rora_serve.engine.forking, while processes can be forked.
+FORK_FLAG = "RORA_SERVE_FORK"
 
 
 def platform_plugin() -> str | None:
@@ -28,3 +30,8 @@ def process_plugin() -> None:
         from rora_serve.engine.compat import sleep_between_messages  # noqa: PLC0415
 
         sleep_between_messages()
+    if os.environ.get(FORK_FLAG) == "1":
+        from rora_serve.engine.compat import fork_processes  # noqa: PLC0415
+        from rora_serve.engine.forking import ForkingContext  # noqa: PLC0415
+
+        fork_processes(ForkingContext())

@@ -1,8 +1,11 @@
 """The private names of vLLM that we touch are where engine/compat.py expects them."""
 
 import inspect
+import re
 import tempfile
 import time
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -20,10 +23,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.utils import CoreEngineProcManager
+from vllm.v1.executor import multiproc_executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 from vllm.v1.sample import sampler
@@ -31,10 +38,12 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+from vllm.v1.worker.utils import allocate_kv_cache
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from adapters.errors import EngineSeamError
 from rora_serve.engine import compat
+from rora_serve.engine.forking import ForkingContext
 from rora_serve.engine.manager import RaggedLoraManager
 from rora_serve.engine.platform_plugin import SEAM_FLAG, platform_plugin
 from rora_serve.engine.worker import RaggedCpuWorker
@@ -252,6 +261,61 @@ def lost_wake_ups() -> int:
         for socket in (*sockets, reader.read_cancel_socket, reader.write_cancel_socket):
             socket.close(0)
     return lost
+
+
+def test_processes_are_made_by_the_context_that_we_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, and with any context but one named "fork" as with new interpreters."""
+    modules: tuple[Any, ...] = (engine_utils, multiproc_executor)
+    for module in modules:
+        monkeypatch.setattr(module, "get_mp_context", module.get_mp_context)  # to be put back
+    for starts in (
+        CoreEngineProcManager.__init__,
+        MultiprocExecutor._init_executor,
+        WorkerProc.make_worker_process,
+    ):
+        assert "context = get_mp_context()" in inspect.getsource(starts)
+    source = inspect.getsource(multiproc_executor)
+    assert source.count("get_start_method()") == source.count('get_start_method() == "fork"') == 1
+    context = ForkingContext()
+    compat.fork_processes(context)
+    for replaced in modules:
+        assert replaced.get_mp_context() is context
+
+
+def test_the_worker_is_bound_to_cores_by_what_forks_read() -> None:
+    source = inspect.getsource(OMPProcessManager.configure_omp_envs)
+    names = set(re.findall(r'envs_dict\["(\w+)"\]', source))
+    assert names == {
+        "OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY",
+        "KMP_AFFINITY", "KMP_BLOCKTIME", "KMP_TPAUSE",
+    }  # fmt: skip
+    assert (
+        """cpu_list_str = ",".join(cpu_list)
+            envs_dict["OMP_PLACES"] = f"{{{cpu_list_str}}}\""""
+        in source
+    )
+
+
+def test_preloaded_modules_are_where_processes_begin() -> None:
+    assert EngineCore.__module__ in preloaded_modules()
+    assert {CPUWorker.__module__, WorkerProc.__module__} <= preloaded_modules()
+    assert RaggedCpuWorker.__module__ in preloaded_modules()
+
+
+def preloaded_modules() -> set[str]:
+    """Return what the module would import, which tests do not import."""
+    spec = find_spec("rora_serve.engine.preloaded")
+    assert spec is not None
+    assert spec.origin is not None
+    return set(re.findall(r'^    "([\w.]+)",$', Path(spec.origin).read_text(), re.MULTILINE))
+
+
+def test_the_kv_cache_is_made_of_zeros_that_we_replace() -> None:
+    makes = "buf = torch.zeros(buf_size, dtype=torch.int8, device=device)"
+    source = inspect.getsource(allocate_kv_cache)
+    assert source.count("torch.zeros(") == source.count(makes) == 1
+    ours = inspect.signature(RaggedCpuWorker.initialize_from_config).parameters.keys()
+    assert ours == inspect.signature(CPUWorker.initialize_from_config).parameters.keys()
 
 
 def test_plugins_are_loaded_before_a_process_listens() -> None:

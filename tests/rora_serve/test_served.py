@@ -36,6 +36,7 @@ from tests.rora_serve.serving import (
     ask_together,
     free_port,
     our_command,
+    running,
 )
 from tests.workloads import make_random_adapter
 
@@ -270,6 +271,15 @@ def test_a_signal_during_the_start_ends_it_at_once(store: AdapterStore, tmp_path
     assert process.wait(10) == 128 + signal.SIGTERM
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
+
+
+def test_a_server_that_is_killed_leaves_no_process(store: AdapterStore, tmp_path: Path) -> None:
+    port = free_port()
+    with running(our_command(store.root, port), port, tmp_path / "log") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.kill()
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert alive == []
 
 
 def test_a_server_without_our_layers_never_starts(store: AdapterStore) -> None:
