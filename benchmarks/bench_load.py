@@ -33,14 +33,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
 from adapters import AdapterStore
 from adapters.base_model import cache_folder, find_model
 from adapters.folder import WEIGHTS_FILE
 from benchmarks.fleet import add_fleet
-from benchmarks.load import TIMEOUT, Answer, ask, ask_together, prompts
+from benchmarks.load import Answer, ask, ask_together, open_client, prompts
 from benchmarks.row import spread, write_row
 from tests.rora_serve.serving import Server, free_port, our_command, running
 
@@ -79,8 +78,7 @@ def gaps_ms(
     """
 
     async def run() -> tuple[Answer, float, float]:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT, limits=limits) as client:
+        async with open_client(server.url) as client:
             texts = prompts(seed, len(names) + 1, PROMPT)
             stream = asyncio.create_task(ask(client, BASE, texts[0], STREAM_TOKENS))
             await asyncio.sleep(1)

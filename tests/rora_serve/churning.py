@@ -17,7 +17,7 @@ import psutil
 from adapters import AdapterStore
 from adapters.base_model import cache_folder, find_model
 from benchmarks.fleet import add_fleet, zipf_weights
-from benchmarks.load import TIMEOUT, prompts
+from benchmarks.load import TIMEOUT_SECONDS, prompts
 from tests.rora_serve.serving import Server, free_port, metric_total, our_command, running
 from tests.rora_serve.swapping import MIN_MARGIN
 
@@ -63,7 +63,7 @@ def answer_alone(server: Server, name: str) -> tuple[str, bool]:
     """Return an adapter's greedy answer, and whether no token of it was nearly another one."""
     # By ids, since two tokens can be the same text.
     body = _body(name, seed=1) | {"logprobs": 2, "return_tokens_as_token_ids": True}
-    with httpx.Client(base_url=server.url, timeout=TIMEOUT) as client:
+    with httpx.Client(base_url=server.url, timeout=TIMEOUT_SECONDS) as client:
         response = client.post("/v1/completions", json=body)
     text = _answer(response)
     tops = response.json()["choices"][0]["logprobs"]["top_logprobs"]
@@ -115,7 +115,7 @@ async def _traffic(
             seen.append((time.monotonic() - begin, _memory_mb(server)))
         return seen
 
-    async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT_SECONDS) as client:
         watching = asyncio.create_task(watch())
         await asyncio.gather(*(client_loop(client) for _ in range(NUM_CLIENTS)))
         memory = await watching
