@@ -56,7 +56,15 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 _DEATH_SECONDS = 7.0  # from the engine's death; vLLM ends its server after 5
-_KERNEL_SOURCES = ("instructions", "kernels", "products", "slots")
+_KERNEL_SOURCES = (
+    "activations",
+    "attention",
+    "instructions",
+    "kernels",
+    "products",
+    "slots",
+    "tiles",
+)
 _FEW_CORES = 2  # of which none is kept free
 _SHARED_MEMORY_BYTES = 400 * 1024**2
 

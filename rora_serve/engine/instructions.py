@@ -7,6 +7,7 @@ Import this module only in a worker that runs: numba must come after vLLM has re
 kernels.
 """
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,6 +25,12 @@ inlined = njit(nogil=True, error_model="numpy", forceinline=True)
 
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
 BITS_64, BITS_32, BITS_16, BITS_8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
+
+
+_LOG2_E = 1 / math.log(2)
+# ln(2) in two parts, the first of few enough bits that its products with small numbers are exact.
+_LN_2 = (0.693359375, math.log(2) - 0.693359375)
+_DEGREE = 7
 
 
 def _wide(kind: Any, lanes: int) -> Any:
@@ -103,6 +110,12 @@ class Builder:
         kind = _wide(FLOAT, self.lanes)
         return cgutils.alloca_once_value(self.builder, ir.Constant(kind, None))
 
+    def constant(self, number: float) -> Any:
+        """Return a vector of a number that is known when the function is compiled."""
+        return ir.Constant(
+            _wide(FLOAT, self.lanes), number if self.lanes == 1 else [number] * self.lanes
+        )
+
     def times_plus(self, a: Any, b: Any, c: Any) -> Any:
         """Return a * b + c, in one rounding where the processor can."""
         kind = _wide(FLOAT, self.lanes)
@@ -115,6 +128,50 @@ class Builder:
             return numbers
         name = f"llvm.vector.reduce.fadd.v{self.lanes}f32"
         return self.call(name, FLOAT, FLOAT(0), numbers, fastmath=("reassoc",))
+
+    def larger(self, a: Any, b: Any) -> Any:
+        """Return the larger numbers of two; b where a is none."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
+    def largest(self, numbers: Any) -> Any:
+        """Return the largest of a vector's numbers."""
+        if self.lanes == 1:
+            return numbers
+        return self.call(f"llvm.vector.reduce.fmax.v{self.lanes}f32", FLOAT, numbers)
+
+    def is_below(self, index: Any, length: Any) -> Any:
+        """Tell of each number of a vector, the first of which has an index, if it has a lower one.
+
+        Args: index, length: int64, less than 2³¹ apart.
+        """
+        kind = _wide(BITS_32, self.lanes)
+        left = self.builder.trunc(self.builder.sub(length, index), BITS_32)
+        one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), left, BITS_32(0))
+        all_left = self.builder.shuffle_vector(one, one, _int_constant(0, self.lanes))
+        lanes = ir.Constant(kind, list(range(self.lanes)))
+        return self.builder.icmp_signed("<", lanes, all_left)
+
+    def exp(self, x: Any) -> Any:
+        """Return e to the power of numbers that are 0 at most, within 2 units of the last place.
+
+        2 to the power of a whole number, times a polynomial of degree 7 for the rest, which is
+        between -ln(2) / 2 and ln(2) / 2. What is below e⁻⁸⁷ is 0.
+        """
+        b, lanes = self.builder, self.lanes
+        kind, ints = _wide(FLOAT, lanes), _wide(BITS_32, lanes)
+        lowest = self.constant(-87.0)
+        is_zero = b.fcmp_ordered("<", x, lowest)
+        x = b.select(is_zero, lowest, x)
+        rint = "llvm.rint." + ("f32" if lanes == 1 else f"v{lanes}f32")
+        whole = self.call(rint, kind, b.fmul(x, self.constant(_LOG2_E)))
+        for part in _LN_2:
+            x = self.times_plus(whole, self.constant(-part), x)
+        power = self.constant(1 / math.factorial(_DEGREE))
+        for degree in range(_DEGREE - 1, -1, -1):
+            power = self.times_plus(power, x, self.constant(1 / math.factorial(degree)))
+        exponent = b.add(b.fptosi(whole, ints), _int_constant(127, lanes))
+        product = b.fmul(power, b.bitcast(b.shl(exponent, _int_constant(23, lanes)), kind))
+        return b.select(is_zero, self.constant(0.0), product)
 
     def prefetch(self, address: Any) -> None:
         """Ask for a cache line that will be read soon."""
@@ -160,6 +217,27 @@ def read_int(_: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
+def read_int32(_: Any, address: Any, index: Any) -> Any:
+    """The int32 at `index` after `address`."""
+
+    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
+        place = builder.add(values[0], builder.mul(values[1], BITS_64(4)))
+        return builder.sext(builder.load(builder.inttoptr(place, BITS_32.as_pointer())), BITS_64)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def write_int(_: Any, address: Any, number: Any) -> Any:
+    """Write an int64."""
+
+    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
+        builder.store(values[1], builder.inttoptr(values[0], BITS_64.as_pointer()))
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
 def read_number(_: Any, address: Any, like: Any) -> Any:
     """The number at an address, as float32."""
 
@@ -188,3 +266,14 @@ def call_address(_: Any, function: Any) -> Any:
         return builder.call(builder.inttoptr(values[0], kind.as_pointer()), [])
 
     return types.int32(types.int64), generate
+
+
+@intrinsic
+def take(_: Any, address: Any) -> Any:
+    """Count one more at an address, whoever else does; return the number before."""
+
+    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], BITS_64.as_pointer())
+        return builder.atomic_rmw("add", pointer, BITS_64(1), "monotonic")
+
+    return types.int64(types.int64), generate

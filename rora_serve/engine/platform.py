@@ -2,12 +2,16 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from vllm.platforms.cpu import CpuPlatform
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
 
+DECODE_BACKEND = "rora_serve.engine.attention_backend.DecodeBackend"
 WORKER_CLASS = "rora_serve.engine.worker.RaggedCpuWorker"
 # Tokens of a block of the KV cache, instead of vLLM's default on CPUs. With that one attention to
 # short texts takes a quarter longer, and to long ones as long. Prefixes are found in the cache by
@@ -33,6 +37,39 @@ class RoraCpuPlatform(CpuPlatform):
             cache_config.block_size = _BLOCK_SIZE
         if lora_config is not None:
             vllm_config.parallel_config.worker_cls = WORKER_CLASS
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls,
+        selected_backend: "AttentionBackendEnum",
+        attn_selector_config: "AttentionSelectorConfig",
+        num_heads: int | None = None,
+    ) -> str:
+        """Return our backend's path for layers whose decoding is ours, else vLLM's."""
+        from vllm.v1.attention.backend import AttentionType  # noqa: PLC0415  (see above)
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: PLC0415
+
+        theirs = super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        asked = attn_selector_config
+        is_plain = (
+            asked.dtype == torch.float32
+            and asked.kv_cache_dtype in {None, "auto"}
+            and asked.attn_type == AttentionType.DECODER
+            and not asked.has_sink
+            and not asked.has_sliding_window
+            and not asked.use_kv_connector
+        )
+        is_theirs = theirs == AttentionBackendEnum.CPU_ATTN.get_path()
+        return DECODE_BACKEND if is_plain and is_theirs else theirs
+
+    @classmethod
+    def opaque_attention_op(cls) -> bool:
+        """Let layers call attention straight away, unless a compiled graph has to."""
+        from vllm import config as configuration  # noqa: PLC0415  (which knows platforms)
+
+        config = configuration.get_current_vllm_config_or_none()
+        none = configuration.CompilationMode.NONE
+        return config is None or config.compilation_config.mode != none
 
     @classmethod
     def import_ir_kernels(cls) -> None:

@@ -18,19 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, cfunc, types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from rora_serve.engine.instructions import (
-    BITS_64,
     FEATURES,
     HAS_AVX512,
     LANES,
-    Builder,
     call_address,
     compiled,
+    take,
 )
 from rora_serve.engine.threads import Threads
+from rora_serve.engine.tiles import new_multiply_tile
 
 # A tile's sums leave registers for a row of the panel and a number of x: 24 of 32 with AVX-512,
 # else 12 of 16.
@@ -70,75 +69,7 @@ class Job(ctypes.Structure):
 _JOB = types.Record.make_c_struct([(field[0], types.int64) for field in Job._fields_])
 
 
-@intrinsic
-def _take(_: Any, address: Any) -> Any:
-    """Count one more at an address, whoever else does; return the number before."""
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        pointer = builder.inttoptr(values[0], BITS_64.as_pointer())
-        return builder.atomic_rmw("add", pointer, BITS_64(1), "monotonic")
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic
-def _multiply_tile(
-    _: Any, num_rows: Any, x: Any, x_stride: Any, panel: Any, length: Any, y: Any, y_stride: Any,
-    start: Any, start_stride: Any, ahead: Any,
-) -> Any:  # fmt: skip
-    """y[i] = start[i] + x[i] panel, for at most _ROWS rows and the columns of a panel.
-
-    Args:
-        num_rows: of the tile.
-        x, panel, y, start: addresses.
-        x_stride, y_stride, start_stride: bytes from row to row.
-        length: rows of the panel.
-        ahead: bytes from what is read of the panel to what is asked for.
-    """
-
-    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
-        num_rows, x, x_stride, panel, length, y, y_stride, start, start_stride, ahead = values
-        vectors, numbers = Builder(builder, LANES), Builder(builder, 1)
-        vector_bytes = 4 * LANES
-
-        def multiply(count: int) -> None:
-            tile = [(i, v) for i in range(count) for v in range(_VECTORS)]
-
-            def place(address: Any, stride: Any, i: int, v: int) -> Any:
-                return vectors.plus(address, vectors.times(stride, i), BITS_64(v * vector_bytes))
-
-            x_rows = [numbers.plus(x, numbers.times(x_stride, i)) for i in range(count)]
-            sums = {at: vectors.zero() for at in tile}
-            with vectors.steps(BITS_64(0), length, 1) as (k, ____):
-                row = vectors.plus(panel, vectors.times(k, _VECTORS * vector_bytes))
-                for offset in range(0, _VECTORS * vector_bytes, 64):
-                    vectors.prefetch(vectors.plus(row, ahead, BITS_64(offset)))
-                weights = [
-                    vectors.load(vectors.plus(row, BITS_64(v * vector_bytes)), types.float32)
-                    for v in range(_VECTORS)
-                ]
-                for i, x_row in enumerate(x_rows):
-                    number = numbers.load(numbers.plus(x_row, numbers.times(k, 4)), types.float32)
-                    factor = vectors.all(number)
-                    for v, weight in enumerate(weights):
-                        total = vectors.times_plus(factor, weight, builder.load(sums[i, v]))
-                        builder.store(total, sums[i, v])
-            for at in tile:
-                first = vectors.load(place(start, start_stride, *at), types.float32)
-                total = builder.fadd(first, builder.load(sums[at]))
-                vectors.store(total, place(y, y_stride, *at), types.float32)
-
-        end = builder.append_basic_block()
-        switch = builder.switch(num_rows, end)
-        for count in range(1, _ROWS + 1):
-            block = builder.append_basic_block()
-            switch.add_case(BITS_64(count), block)
-            builder.position_at_end(block)
-            multiply(count)
-            builder.branch(end)
-        builder.position_at_end(end)
-
-    return types.void(*[types.int64] * 10), generate
+_multiply_tile = new_multiply_tile(_ROWS, _VECTORS)
 
 
 @compiled
@@ -160,8 +91,8 @@ def _multiply_panel(job: Any, panel: Any, following: Any) -> None:
             length = job.in_features * (piece + 1) // num_pieces - k
             weight = job.panels + panel * panel_bytes + k * row_bytes
             _multiply_tile(
-                num_rows, x + 4 * k, job.x_stride, weight, length, y, job.y_stride, start,
-                start_stride, ahead,
+                num_rows, x + 4 * k, job.x_stride, weight, row_bytes, length, y, job.y_stride,
+                start, start_stride, ahead,
             )  # fmt: skip
             start, start_stride = y, job.y_stride
         ahead = 0  # it was asked for once
@@ -179,9 +110,9 @@ def _run(at: Any) -> None:
         begin = job.num_panels * owner // num_threads
         end = job.num_panels * (owner + 1) // num_threads
         taken = job.taken + owner * _CACHE_LINE
-        panel = begin + _take(taken)
+        panel = begin + take(taken)
         while panel < end:
-            following = begin + _take(taken)
+            following = begin + take(taken)
             _multiply_panel(job, panel, min(following, end - 1))
             panel = following
 
@@ -203,11 +134,12 @@ class Product:
         self._threads = threads
         num_panels = -(-self.out_features // _COLUMNS)
         # While a model is loaded, torch's default is the model's dtype.
-        self._start = torch.zeros(num_panels * _COLUMNS, dtype=torch.float32, device="cpu")
+        self._width = num_panels * _COLUMNS
+        self._start = torch.zeros(self._width, dtype=torch.float32, device="cpu")
         self._has_bias = False
         self._taken = np.zeros((threads.count, _CACHE_LINE // 8), np.int64)
         self._job = Job(
-            y_stride=4 * num_panels * _COLUMNS,
+            y_stride=4 * self._width,
             start=self._start.data_ptr(),
             in_features=self.in_features,
             num_panels=num_panels,
@@ -242,26 +174,30 @@ class Product:
             bias: [out_features] float32.
         Raises: ValueError: x or bias is of another dtype or size.
         """
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        if rows.dtype != torch.float32 or rows.shape[1] != self.in_features:
+        if x.dim() != 2:
+            flat = x.reshape(-1, x.shape[-1])
+            return self(flat, _, bias).view(*x.shape[:-1], self.out_features)
+        num_rows, in_features = x.shape
+        if x.dtype is not torch.float32 or in_features != self.in_features:
             raise ValueError(
                 f"input {list(x.shape)} of {x.dtype}: [..., {self.in_features}] of torch.float32 "
                 "is expected"
             )
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        self.pack()
+        row_stride, stride = x.stride()
+        if stride != 1:
+            x = x.contiguous()
+            row_stride = in_features
+        if self._weight is not None:
+            self.pack()
         if bias is not None or self._has_bias:
             self._set_bias(bias)
-        y = torch.empty((rows.shape[0], len(self._start)), dtype=torch.float32, device="cpu")
+        y = x.new_empty((num_rows, self._width))
         job = self._job
-        job.x, job.x_stride, job.num_rows = rows.data_ptr(), 4 * rows.stride(0), rows.shape[0]
+        job.x, job.x_stride, job.num_rows = x.data_ptr(), 4 * row_stride, num_rows
         job.y = y.data_ptr()
-        self._taken[:] = 0
+        self._taken.fill(0)
         self._threads.run(_run.address, self._job_address)
-        if y.shape[1] != self.out_features:
-            y = y[:, : self.out_features].contiguous()
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        return y if self._width == self.out_features else y[:, : self.out_features].contiguous()
 
     def _set_bias(self, bias: Tensor | None) -> None:
         self._has_bias = bias is not None

@@ -37,6 +37,7 @@ class RaggedCpuWorker(CPUWorker):
         is_compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
         if not is_compiled:
             # numba must come after vLLM has registered its own kernels, which it has by now.
+            import rora_serve.engine.activations  # noqa: F401, PLC0415
             from rora_serve.engine.products import new_product  # noqa: PLC0415
 
             threads = Threads(torch.get_num_threads())

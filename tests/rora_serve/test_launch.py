@@ -23,7 +23,7 @@ def test_a_containers_share_of_processors_is_rounded_up(tmp_path: Path) -> None:
 def test_kernels_are_compiled_anew_when_any_of_their_sources_changes() -> None:
     """All modules of the engine that compiled functions take code or sizes from."""
     engine = Path(launch.__file__).parent / "engine"
-    sources, found = {"kernels", "products"}, set[str]()
+    sources, found = {"activations", "attention", "kernels", "products"}, set[str]()
     while sources:
         name = sources.pop()
         found.add(name)

@@ -1,10 +1,22 @@
 """RoraCpuPlatform sets what vLLM leaves to a platform, and nothing that somebody asked for."""
 
-import pytest
-from vllm.config import CacheConfig, VllmConfig
-from vllm.platforms.cpu import CpuPlatform
+from typing import Any
 
-from rora_serve.engine.platform import RoraCpuPlatform
+import pytest
+import torch
+from vllm.config import (
+    CacheConfig,
+    CompilationConfig,
+    CompilationMode,
+    VllmConfig,
+    set_current_vllm_config,
+)
+from vllm.platforms.cpu import CpuPlatform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+from rora_serve.engine.platform import DECODE_BACKEND, RoraCpuPlatform
 
 
 @pytest.mark.parametrize(("asked_for", "expected"), [(None, 64), (32, 32), (128, 128)], ids=str)
@@ -30,3 +42,41 @@ def test_blocks_that_a_model_needs_are_left_as_they_are(
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", set_up)
     RoraCpuPlatform.check_and_update_config(config)
     assert config.cache_config.block_size == needed
+
+
+UNASKED: Any = None  # no backend is selected; vLLM calls it so
+PLAIN = AttentionSelectorConfig(
+    head_size=64, dtype=torch.float32, kv_cache_dtype="auto", block_size=None
+)
+
+
+def test_layers_get_our_backend_by_a_path_that_leads_to_it() -> None:
+    assert RoraCpuPlatform.get_attn_backend_cls(UNASKED, PLAIN) == DECODE_BACKEND
+    assert resolve_obj_by_qualname(DECODE_BACKEND).get_name() == "CPU_ATTN", "as vLLM's"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": torch.bfloat16},
+        {"kv_cache_dtype": "fp8"},
+        {"attn_type": AttentionType.ENCODER},
+        {"has_sink": True},
+        {"has_sliding_window": True},
+        {"use_kv_connector": True},
+        {"use_mla": True},
+    ],
+    ids=str,
+)
+def test_layers_whose_decoding_is_not_ours_get_vllms_backend(changes: dict[str, Any]) -> None:
+    asked = PLAIN._replace(**changes)
+    theirs = CpuPlatform.get_attn_backend_cls(UNASKED, asked)
+    assert RoraCpuPlatform.get_attn_backend_cls(UNASKED, asked) == theirs != DECODE_BACKEND
+
+
+@pytest.mark.parametrize("mode", [CompilationMode.NONE, CompilationMode.DYNAMO_TRACE_ONCE])
+def test_attention_is_an_operator_in_compiled_graphs_only(mode: CompilationMode) -> None:
+    config = VllmConfig(compilation_config=CompilationConfig(mode=mode))
+    with set_current_vllm_config(config):
+        assert RoraCpuPlatform.opaque_attention_op() == (mode != CompilationMode.NONE)
+    assert RoraCpuPlatform.opaque_attention_op(), "nothing is known"
