@@ -28,6 +28,7 @@ from rora_serve.engine.instructions import (
     compiled,
     take,
 )
+from rora_serve.engine.large_outputs import LARGE_BYTES, LargeOutputs
 from rora_serve.engine.threads import Threads
 from rora_serve.engine.tiles import new_multiply_tile
 
@@ -117,6 +118,9 @@ def _run(at: Any) -> None:
             panel = following
 
 
+_large_outputs = LargeOutputs()
+
+
 class Product:
     """Multiplies rows by one weight of the base model.
 
@@ -191,7 +195,9 @@ class Product:
             self.pack()
         if bias is not None or self._has_bias:
             self._set_bias(bias)
-        y = x.new_empty((num_rows, self._width))
+        is_large = 4 * num_rows * self._width >= LARGE_BYTES
+        make = _large_outputs.new if is_large else x.new_empty
+        y = make(num_rows, self._width)
         job = self._job
         job.x, job.x_stride, job.num_rows = x.data_ptr(), 4 * row_stride, num_rows
         job.y = y.data_ptr()

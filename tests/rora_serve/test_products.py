@@ -170,6 +170,21 @@ def test_other_weights_stay_vllms() -> None:
     assert products.new_product(torch.ones(2, 4, 3), Threads(1)) is None
 
 
+def test_large_outputs_are_lent_to_one_caller_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LARGE_BYTES", 4 * 20 * 64)
+    generator = np.random.default_rng(5)
+    weight = random(generator, 50, 24)
+    product = new_product(weight)
+    inputs = [random(generator, num_rows, 24) for num_rows in (19, 20, 40, 30, 20)]
+    outputs = [product(x, weight, None) for x in inputs]
+    for _ in range(3):
+        for x, y in zip(inputs, outputs, strict=True):
+            check(y, x, weight)
+        del outputs[2], inputs[2]
+        inputs.append(random(generator, 25, 24))
+        outputs.append(product(inputs[-1], weight, None))
+
+
 def test_a_packed_weight_is_not_kept() -> None:
     for in_features in (1, 3):
         weight = torch.ones(64, in_features)

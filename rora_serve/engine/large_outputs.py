@@ -1,0 +1,43 @@
+"""LargeOutputs: memory for what layers return for long prompts, used again and again.
+
+What is larger than 32 MiB C's allocator takes from the system and gives back at once, whatever its
+settings, and the system fills each page with zeros: 5 % of a step of 4,000 tokens. Its setting to
+keep all (mallopt's M_MMAP_MAX) lets the heap grow instead, since aligned pieces leave gaps that the
+next one does not fit into.
+"""
+
+import ctypes
+import math
+import weakref
+
+import torch
+from torch import Tensor
+
+from rora_serve.engine.slots import new_memory
+
+LARGE_BYTES = 32 << 20  # from here on C's allocator keeps nothing
+
+
+class LargeOutputs:
+    """Makes tensors in memory of which one piece is kept, the largest that was needed."""
+
+    def __init__(self) -> None:
+        self._kept: memoryview | None = None
+
+    def new(self, *shape: int) -> Tensor:
+        """Return a float32 tensor of any numbers. Its memory comes back when nothing refers to it.
+
+        Raises: MemoryError: the system has no more.
+        """
+        count = math.prod(shape)
+        memory, self._kept = self._kept, None
+        if memory is None or len(memory) < 4 * count:
+            memory = new_memory(4 * count)
+        # What tensors keep for as long as they, or others on their memory, live.
+        lent = (ctypes.c_char * len(memory)).from_buffer(memory)
+        weakref.finalize(lent, self._take_back, memory).atexit = False
+        return torch.frombuffer(lent, dtype=torch.float32, count=count).view(shape)
+
+    def _take_back(self, memory: memoryview) -> None:
+        if self._kept is None or len(self._kept) < len(memory):
+            self._kept = memory

@@ -1,0 +1,37 @@
+"""Memory of large outputs is lent to one tensor at a time, and used again."""
+
+import torch
+
+from rora_serve.engine.large_outputs import LargeOutputs
+
+
+def test_memory_is_used_again_when_nothing_refers_to_it() -> None:
+    outputs = LargeOutputs()
+    y = outputs.new(300, 100)
+    assert y.shape == (300, 100)
+    assert y.dtype == torch.float32
+    place = y.data_ptr()
+    y.fill_(1)
+    rows = y[7:9]  # keeps all of it, as tensors on the same memory do
+    del y
+    other = outputs.new(300, 100)
+    assert other.data_ptr() != place
+    other.fill_(2)
+    assert (rows == 1).all()
+    del rows
+    assert outputs.new(200, 100).data_ptr() == place
+
+
+def test_the_largest_piece_is_kept() -> None:
+    outputs = LargeOutputs()
+    small, large = outputs.new(10, 10), outputs.new(100, 100)
+    place = large.data_ptr()
+    del large, small
+    y = outputs.new(100, 100)
+    assert y.data_ptr() == place
+    del y
+    larger = outputs.new(1000, 100)
+    larger.fill_(3)
+    place = larger.data_ptr()
+    del larger
+    assert outputs.new(1, 1).data_ptr() == place
