@@ -125,7 +125,7 @@ def _launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: l
         died = uvloop.run(_serve(arguments, parts))
     except RoraError:
         raise
-    except (RuntimeError, ValueError, OSError) as error:  # what vLLM raises while it starts
+    except (RuntimeError, ValueError, OSError, EOFError) as error:  # what vLLM raises as it starts
         first_line = str(error).strip().partition("\n")[0]
         raise EngineSeamError(
             f"the engine did not start ({first_line}); its log above says why"

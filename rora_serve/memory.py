@@ -19,6 +19,20 @@ def cpu_dtype() -> str:
     return "auto" if any(flag in flags for flag in _BF16_FLAGS) else "float32"
 
 
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes that this process may still take, in a container or outside.
+
+    Args: cgroup: where a container's limits stand, of version 2.
+    """
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        free = min(free, limit - _used_of(cgroup))
+    except (OSError, ValueError):  # no container, or none with a limit
+        pass
+    return max(free, 0)
+
+
 def free_memory(
     model: Path, cgroup: Path = Path("/sys/fs/cgroup"), *, dtype: str | None = None
 ) -> int:
@@ -28,13 +42,7 @@ def free_memory(
         cgroup: where a container's limits stand, of version 2.
         dtype: that the model is served in, as vLLM's option has it; by default `cpu_dtype`.
     """
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = int((cgroup / "memory.max").read_text())
-        free = min(free, limit - _used_of(cgroup))
-    except (OSError, ValueError):  # no container, or none with a limit
-        pass
-    free = max(free, 0)
+    free = available_memory(cgroup)
     return max(free - _weights_bytes(model, dtype or cpu_dtype()), free // 8)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm.model_executor.layers.activation import SiluAndMul
 
 from rora_serve.engine.instructions import BITS_64, FEATURES, LANES, Builder, call_address
+from rora_serve.engine.large_outputs import LARGE_BYTES, LargeOutputs
 from rora_serve.engine.threads import Threads
 
 
@@ -91,6 +92,7 @@ class Activation:
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
+        self._large_outputs = LargeOutputs()
         self._job = Job(thread_num=threads.thread_num, num_threads=threads.num_threads)
         self._job_address = ctypes.addressof(self._job)
 
@@ -105,7 +107,8 @@ class Activation:
         row_stride, stride = x.stride()
         if both % (2 * LANES) or stride != 1:
             return None
-        y = x.new_empty((num_rows, both // 2))
+        is_large = 2 * num_rows * both >= LARGE_BYTES
+        y = (self._large_outputs.new if is_large else x.new_empty)(num_rows, both // 2)
         job = self._job
         job.x, job.x_stride, job.y = x.data_ptr(), 4 * row_stride, y.data_ptr()
         job.num_rows, job.width = num_rows, both // 2
@@ -126,3 +129,7 @@ class CompiledSiluAndMul(SiluAndMul):
         """Return silu(gate) * up. Args: x: [..., 2 * width], gate and up."""
         y = _activation()(x) if {"+avx2", "+fma"} <= FEATURES else None
         return super().forward_cpu(x) if y is None else y
+
+
+# By which vLLM's `custom_ops` switches it off.
+CompiledSiluAndMul.name = "silu_and_mul"  # type: ignore[attr-defined]

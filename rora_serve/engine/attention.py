@@ -180,8 +180,10 @@ def _multiply(
     Args: width: of W, whose rows follow each other.
     """
     w_stride = 4 * width
-    for first in range(0, num_rows, _HEADS):
-        count = min(_HEADS, num_rows - first)
+    num_tiles = (num_rows + _HEADS - 1) // _HEADS
+    for tile in range(num_tiles):
+        first = num_rows * tile // num_tiles
+        count = num_rows * (tile + 1) // num_tiles - first
         from_x, to_y = x + first * x_stride, y + first * y_stride
         c = 0
         while c < used:
@@ -248,6 +250,11 @@ def _attend(job: Any, seq: Any, head: Any, block: Any, unit: Any, scores: Any) -
 def _put_together(job: Any, seq: Any, head: Any) -> None:
     """Write one head's output of a sequence, out of what its blocks gave."""
     first, last = read_int(job.first_blocks, seq), read_int(job.first_blocks, seq + 1)
+    output = job.output + seq * job.output_stride + 4 * head * job.head_dim
+    if first == last:  # a row that is none
+        for d in range(job.head_dim):
+            write_number(output + 4 * d, _FLOAT32)
+        return
     stride = job.num_kv_heads * job.group * _row_bytes(job)
     row = job.partial + first * stride + head * _row_bytes(job)
     maxima = row + 4 * job.head_dim
@@ -259,7 +266,6 @@ def _put_together(job: Any, seq: Any, head: Any) -> None:
         weight = np.float32(math.exp(read_number(maxima + i * stride, _FLOAT32) - largest))
         total += weight * read_number(maxima + i * stride + 4, _FLOAT32)
         write_number(maxima + i * stride, weight)
-    output = job.output + seq * job.output_stride + 4 * head * job.head_dim
     _combine(output, row, stride, maxima, last - first, job.head_dim, total)
 
 
@@ -320,11 +326,13 @@ class Workspace:
             "barrier": threads.barrier,
         }
         self._numbers: dict[str, NDArray[np.float32]] = {}
+        self.has_all_threads = threads.count == threads.asked_for
+        self.version = 0  # of the memory; what was lent from an older one is gone
 
     def lend(self, job: Job, num_blocks: int) -> None:
         """Point a job at memory that is enough for the blocks of all its sequences.
 
-        It is valid until the next job of any layer gets some.
+        It is valid as long as `version` stays.
         """
         width = job.group * job.block_size
         row = job.head_dim + 2
@@ -339,6 +347,7 @@ class Workspace:
         if name not in self._numbers or count > len(self._numbers[name]):
             self._numbers[name] = np.zeros(count + count // 2, np.float32)
             self._fields[name] = self._numbers[name].ctypes.data
+            self.version += 1
 
     def run(self, job: int) -> None:
         """Attend; the job is named by its address."""

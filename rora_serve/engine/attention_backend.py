@@ -41,18 +41,30 @@ class DecodeMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(*arguments, **options)
         assert isinstance(self.dtype, torch.dtype), "vLLM has resolved it by now"
         has_code = can_attend(self.dtype, self.head_dim, self.block_size)
-        self._is_ours = has_code and self.isa == _LAYOUT
+        has_as_long_values = getattr(self.kv_cache_spec, "head_size_v", None) == self.head_dim
+        self._is_ours = has_code and has_as_long_values and self.isa == _LAYOUT
 
     def build(self, *arguments: Any, **options: Any) -> DecodeMetadata:
         """Return what vLLM tells, and whether every sequence has one new token."""
         found = super().build(*arguments, **options)
         metadata = DecodeMetadata(**{field.name: getattr(found, field.name) for field in _FIELDS})
         is_decode = found.max_query_len == 1 and len(found.seq_lens) == found.num_actual_tokens
-        if self._is_ours and is_decode and found.causal and found.dynamic_causal is None:
-            metadata.decode = DecodeStep(
+        is_causal = found.causal and found.dynamic_causal is None
+        if self._is_ours and is_decode and is_causal and _can_read(found):
+            step = DecodeStep(
                 found.seq_lens, found.block_table, found.slot_mapping, self.block_size
             )
+            metadata.decode = step if step.is_apart else None
         return metadata
+
+
+def _can_read(found: CPUAttentionMetadata) -> bool:
+    """Tell whether tables are as the compiled function, which looks at no dtype, takes them."""
+    return (
+        found.seq_lens.dtype == found.block_table.dtype == torch.int32
+        and found.slot_mapping.dtype == torch.int64
+        and found.block_table.stride(1) == 1
+    )
 
 
 class DecodeImpl(CPUAttentionBackendImpl):
@@ -67,11 +79,8 @@ class DecodeImpl(CPUAttentionBackendImpl):
             and self.sliding_window == -1
             and self.logits_soft_cap == 0
         )
-        self._ours = (
-            DecodeLayer(self.num_heads, self.num_kv_heads, self.head_size, self.scale)
-            if is_plain
-            else None
-        )
+        ours = DecodeLayer(self.num_heads, self.num_kv_heads, self.head_size, self.scale)
+        self._ours = ours if is_plain and ours.has_all_threads else None
 
     def forward(  # noqa: PLR0913, PLR0917  (vLLM's)
         self,
@@ -93,8 +102,8 @@ class DecodeImpl(CPUAttentionBackendImpl):
             return output
         # Some layers read what another one puts there.
         is_kept = key is not None and value is not None
-        is_new = is_kept and self.kv_sharing_target_layer_name is None
-        step = getattr(attn_metadata, "decode", None)
+        is_new = is_kept and layer.kv_sharing_target_layer_name is None
+        step: DecodeStep | None = getattr(attn_metadata, "decode", None)
         is_scaled = output_scale is not None or output_block_scale is not None
         if self._ours is not None and step is not None and not is_scaled:
             new = (key, value) if is_new else None

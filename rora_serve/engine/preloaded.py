@@ -5,6 +5,7 @@ server can be told.
 """
 
 import gc
+import signal
 import sys
 from importlib import import_module
 
@@ -18,9 +19,13 @@ MODULES = (
     "rora_serve.engine.manager",
 )
 
+# Python's fork server learns by it that a process has ended; a supervisor may have blocked it.
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 gc.disable()
-for module in MODULES:
-    import_module(module)
-gc.freeze()  # so that collections neither look through it nor write to pages that are shared
-gc.enable()
+try:
+    for module in MODULES:
+        import_module(module)
+finally:  # Python's fork server goes on without what can not be imported
+    gc.freeze()  # so that collections neither look through it nor write to pages that are shared
+    gc.enable()
 sys.stdout.flush()

@@ -25,13 +25,14 @@ class Threads:
 
     Args: count: of threads, one of which is the caller's.
 
+    It has one thread, its `count`, where torch's OpenMP was not found, whatever was `asked_for`.
     `thread_num`, `num_threads` and `barrier` are addresses of OpenMP's functions, for use in the
     functions that run; 0 where they run on one thread and must not call them.
     """
 
     def __init__(self, count: int) -> None:
         self.thread_num = self.num_threads = self.barrier = 0
-        self.count = 1
+        self.count, self.asked_for = 1, count
         if count == 1:
             return
         try:

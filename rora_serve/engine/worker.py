@@ -37,11 +37,12 @@ class RaggedCpuWorker(CPUWorker):
         is_compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
         if not is_compiled:
             # numba must come after vLLM has registered its own kernels, which it has by now.
-            import rora_serve.engine.activations  # noqa: F401, PLC0415
             from rora_serve.engine.products import new_product  # noqa: PLC0415
 
             threads = Threads(torch.get_num_threads())
-            if threads.count == torch.get_num_threads():
+            if threads.count == threads.asked_for:
+                import rora_serve.engine.activations  # noqa: F401, PLC0415
+
                 replace_products(partial(new_product, threads=threads))
 
         def make_manager(model: Any) -> RaggedLoraManager:
@@ -58,11 +59,27 @@ class RaggedCpuWorker(CPUWorker):
         super().load_model(*arguments, **options)
         pack_heads(self.model_runner.model)
 
+    def determine_available_memory(self) -> int:
+        """Return what the KV cache may take; if that is too little, without what was found for it.
+
+        vLLM wants as much memory free as the cache takes, beside what was found by then.
+        """
+        try:
+            return int(super().determine_available_memory())
+        except ValueError:
+            if self._kv_memory is None:
+                raise
+            self._kv_memory.give_up()
+            self._kv_memory = None
+            return int(super().determine_available_memory())
+
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Make the KV cache, of memory that has been looked for since the start."""
         with self._kv_memory or nullcontext():
             super().initialize_from_config(kv_cache_config)
-        self._kv_memory = None  # what is left of it
+        if self._kv_memory is not None:
+            self._kv_memory.give_up()  # where vLLM made the cache of other memory
+            self._kv_memory = None
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, and keep what is there by then out of garbage collections.

@@ -4,6 +4,7 @@ import importlib
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,6 +200,47 @@ def test_one_layer_after_the_other_and_step_after_step() -> None:
             check(output, case)
 
 
+def test_a_block_that_is_filled_up_is_not_read_by_another_sequence_in_that_step() -> None:
+    """vLLM finds a prefix in the step that makes it; its own functions write all, then read."""
+    case = small_case([65, 64, 70])
+    assert case.step().is_apart, "a block is full, and one sequence's"
+    case.table[0, 0] = case.table[1, 0]
+    assert not case.step().is_apart
+    case.slots[1] -= 1
+    assert case.step().is_apart, "what is not full by then is nobody else's"
+    case = small_case([65, 64, 70])
+    case.table[1, 1] = case.table[1, 0]
+    assert case.step().is_apart, "beyond a sequence's end"
+
+
+def test_memory_that_another_layer_let_grow_is_lent_anew() -> None:
+    small, large = small_case([3]), small_case([3] * 50)
+    layer, other = small.layer(5), large.layer(5)
+    step = small.step()
+
+    def attend() -> None:
+        output = torch.full_like(small.query, torch.nan)
+        layer.attend(small.query, small.new, small.cache, output, step)
+        check(output, small)
+
+    attend()
+    other.attend(large.query, large.new, large.cache, torch.empty_like(large.query), large.step())
+    assert layer._job.partial != other._job.partial
+    attend()
+    assert layer._job.partial == other._job.partial
+
+
+def test_rows_that_are_none_are_zeros() -> None:
+    case = small_case([3, 2, 5])
+    step = decoding.DecodeStep(
+        torch.tensor([3, 0, 0], dtype=torch.int32), case.table, case.slots, 64
+    )
+    output = torch.full_like(case.query, torch.nan)
+    case.layer().attend(case.query, case.new, case.cache, output, step)
+    torch.testing.assert_close(output[0].double(), by_loop(case)[0], atol=allowed(case), rtol=0)
+    assert not output[1:].any()
+
+
 def test_heads_may_lie_anywhere() -> None:
     case = small_case([3, 66])
     key, value = case.new
@@ -268,6 +310,11 @@ def test_vllm_reads_what_we_wrote_and_attends_alike(head_dim: int) -> None:
         ({"num_actual_tokens": 3}, False),
         ({"causal": False}, False),
         ({"dynamic_causal": torch.ones(2)}, False),
+        ({"seq_lens": torch.tensor([3, 9])}, False),
+        ({"block_table": torch.zeros((2, 4), dtype=torch.int64)}, False),
+        ({"block_table": torch.zeros((4, 2), dtype=torch.int32).T}, False),
+        ({"slot_mapping": torch.arange(2, dtype=torch.int32)}, False),
+        ({"slot_mapping": torch.tensor([63, 5])}, False),
     ],
     ids=str,
 )
@@ -288,6 +335,7 @@ def test_steps_are_ours_where_every_sequence_has_one_new_token(
         metadata = builder.build(0, None)
         assert (metadata.decode is not None) == (is_ours and has_code)
         assert metadata.seq_lens is theirs.seq_lens
+        assert metadata.slot_mapping is theirs.slot_mapping
 
 
 @pytest.mark.parametrize(
@@ -324,7 +372,8 @@ def test_layers_that_attend_otherwise_stay_vllms(
         scheduler_metadata=None, decode=case.step(),
     )  # fmt: skip
     output = torch.empty_like(case.query)
-    arguments = (None, case.query, *case.new, case.cache)
+    layer = SimpleNamespace(kv_sharing_target_layer_name=None)
+    arguments = (layer, case.query, *case.new, case.cache)
     backend.DecodeImpl(**plain).forward(*arguments, metadata, output)
     assert not called, "a plain layer's step is ours"
     impl = backend.DecodeImpl(**(plain | changes))
@@ -333,7 +382,7 @@ def test_layers_that_attend_otherwise_stay_vllms(
     called.clear()
     impl.forward(*arguments, None, output)
     assert not called, "a warm-up"
-    impl.kv_sharing_target_layer_name = "another layer's"
+    layer.kv_sharing_target_layer_name = "another layer's"
     impl.forward(*arguments, metadata, output)
     assert called == ["forward"]
 

