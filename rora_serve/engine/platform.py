@@ -64,12 +64,16 @@ class RoraCpuPlatform(CpuPlatform):
 
     @classmethod
     def opaque_attention_op(cls) -> bool:
-        """Let layers call attention straight away, unless a compiled graph has to."""
+        """Let layers call attention straight away, unless a compiled graph has to.
+
+        Multi-head latent attention goes the way that vLLM tests on CPUs.
+        """
         from vllm import config as configuration  # noqa: PLC0415  (which knows platforms)
 
         config = configuration.get_current_vllm_config_or_none()
-        none = configuration.CompilationMode.NONE
-        return config is None or config.compilation_config.mode != none
+        if config is None or config.model_config is None or config.model_config.use_mla:
+            return True
+        return config.compilation_config.mode != configuration.CompilationMode.NONE
 
     @classmethod
     def import_ir_kernels(cls) -> None:

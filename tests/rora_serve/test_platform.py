@@ -1,5 +1,6 @@
 """RoraCpuPlatform sets what vLLM leaves to a platform, and nothing that somebody asked for."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,8 +76,13 @@ def test_layers_whose_decoding_is_not_ours_get_vllms_backend(changes: dict[str, 
 
 
 @pytest.mark.parametrize("mode", [CompilationMode.NONE, CompilationMode.DYNAMO_TRACE_ONCE])
-def test_attention_is_an_operator_in_compiled_graphs_only(mode: CompilationMode) -> None:
-    config = VllmConfig(compilation_config=CompilationConfig(mode=mode))
-    with set_current_vllm_config(config):
-        assert RoraCpuPlatform.opaque_attention_op() == (mode != CompilationMode.NONE)
+@pytest.mark.parametrize("use_mla", [False, True])
+def test_attention_is_an_operator_in_compiled_graphs_and_where_it_is_latent(
+    mode: CompilationMode, *, use_mla: bool
+) -> None:
+    config: Any = VllmConfig(compilation_config=CompilationConfig(mode=mode))
+    config.model_config = SimpleNamespace(use_mla=use_mla)
+    with set_current_vllm_config(config, check_compile=False):
+        is_operator = RoraCpuPlatform.opaque_attention_op()
+    assert is_operator == (use_mla or mode != CompilationMode.NONE)
     assert RoraCpuPlatform.opaque_attention_op(), "nothing is known"
