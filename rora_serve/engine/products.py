@@ -137,8 +137,8 @@ class Product:
         self._weight: Tensor | None = weight
         self._threads = threads
         num_panels = -(-self.out_features // _COLUMNS)
-        # While a model is loaded, torch's default is the model's dtype.
         self._width = num_panels * _COLUMNS
+        # While a model is loaded, torch's default is the model's dtype.
         self._start = torch.zeros(self._width, dtype=torch.float32, device="cpu")
         self._has_bias = False
         self._taken = np.zeros((threads.count, _CACHE_LINE // 8), np.int64)
