@@ -45,7 +45,10 @@ def can_fork(environment: Mapping[str, str], vllm_options: list[str]) -> bool:
     """
     if len(os.sched_getaffinity(0)) > _MOST_CORES:
         return False
-    if sys.platform != "linux" or not _is_cpu_package() or environment.get("LD_PRELOAD"):
+    if sys.platform != "linux" or not _is_cpu_package():
+        return False
+    preloaded, library = environment.get("LD_PRELOAD"), _libgomp()
+    if preloaded and (library is None or Path(preloaded).resolve() != library.resolve()):
         return False
     is_bound = any(name.startswith(_OPENMP) for name in environment)
     return not (is_bound or any(option.startswith("--numa") for option in vllm_options))
