@@ -17,7 +17,15 @@ from numba.extending import intrinsic
 from torch import Tensor
 from vllm.model_executor.layers.activation import SiluAndMul
 
-from rora_serve.engine.instructions import BITS_64, FEATURES, LANES, Builder, call_address
+from rora_serve.engine.instructions import (
+    BITS_64,
+    HAS_AVX2,
+    LANES,
+    Builder,
+    int64_fields,
+    record_of,
+    this_thread,
+)
 from rora_serve.engine.large_outputs import LARGE_BYTES, LargeOutputs
 from rora_serve.engine.threads import Threads
 
@@ -34,13 +42,10 @@ class Job(ctypes.Structure):
     All numbers are float32.
     """
 
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in ("x", "x_stride", "y", "num_rows", "width", "thread_num", "num_threads")
-    ]
+    _fields_ = int64_fields("x", "x_stride", "y", "num_rows", "width", "thread_num", "num_threads")
 
 
-_JOB = types.Record.make_c_struct([(field[0], types.int64) for field in Job._fields_])
+_JOB = record_of(Job)
 
 
 @intrinsic
@@ -69,9 +74,7 @@ def _activate(_: Any, gate: Any, up: Any, y: Any, length: Any) -> Any:
 def _run(at: Any) -> None:
     """Take an equal share of all vectors, wherever in a row it begins and ends."""
     job = carray(at, 1)[0]
-    thread, num_threads = 0, 1
-    if job.thread_num:
-        thread, num_threads = call_address(job.thread_num), call_address(job.num_threads)
+    thread, num_threads = this_thread(job)
     num_vectors = job.width // LANES
     total = job.num_rows * num_vectors
     vector, end = total * thread // num_threads, total * (thread + 1) // num_threads
@@ -127,7 +130,7 @@ class CompiledSiluAndMul(SiluAndMul):
 
     def forward_cpu(self, x: Tensor) -> Tensor:
         """Return silu(gate) * up. Args: x: [..., 2 * width], gate and up."""
-        y = _activation()(x) if {"+avx2", "+fma"} <= FEATURES else None
+        y = _activation()(x) if HAS_AVX2 else None
         return super().forward_cpu(x) if y is None else y
 
 

@@ -1,7 +1,7 @@
 """Attention of decoding: one new token of each sequence, to all that its cache holds.
 
 vLLM's own function for CPUs reads the cache at 20 to 30 GB/s on two cores that read memory at 50 to
-80 (docs/decisions/0012). This one reads it in the order in which it lies. Each block of the cache
+80 (docs/decisions/0013). This one reads it in the order in which it lies. Each block of the cache
 is a unit of its own, whose result is a maximum, a sum and a row for each head; a second, short pass
 puts a sequence's blocks together. So a long sequence alone keeps all threads busy, and a token's
 numbers are the same, to the last bit, whichever sequences are beside it.
@@ -22,17 +22,21 @@ from numpy.typing import NDArray
 
 from rora_serve.engine.instructions import (
     BITS_64,
-    FEATURES,
+    CACHE_LINE,
+    HAS_AVX2,
     HAS_AVX512,
     LANES,
     Builder,
     call_address,
     compiled,
     inlined,
+    int64_fields,
     read_int,
     read_int32,
     read_number,
+    record_of,
     take,
+    this_thread,
     write_int,
     write_number,
 )
@@ -44,13 +48,12 @@ from rora_serve.engine.tiles import new_multiply_tile
 _HEADS = 6
 _VECTORS = 4 if HAS_AVX512 else 2
 _AHEAD = 2048  # bytes of the cache that are asked for before they are read
-_CACHE_LINE = 64
 
 
 def can_attend(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
     """Tell whether there is code for a cache; on other processors nothing was measured."""
     is_whole = head_dim % LANES == block_size % LANES == 0
-    return dtype == torch.float32 and is_whole and {"+avx2", "+fma"} <= FEATURES
+    return dtype == torch.float32 and is_whole and HAS_AVX2
 
 
 class Job(ctypes.Structure):
@@ -85,19 +88,16 @@ class Job(ctypes.Structure):
     All other numbers are float32.
     """
 
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "query", "query_stride", "output", "output_stride", "key", "key_stride", "value",
-            "value_stride", "slots", "cache", "block_bytes", "head_bytes", "block_size", "head_dim",
-            "num_kv_heads", "group", "num_seqs", "lengths", "table", "table_stride", "first_blocks",
-            "scale", "partial", "scores", "scores_bytes", "zeros", "taken", "thread_num",
-            "num_threads", "barrier",
-        )
-    ]  # fmt: skip
+    _fields_ = int64_fields(
+        "query", "query_stride", "output", "output_stride", "key", "key_stride", "value",
+        "value_stride", "slots", "cache", "block_bytes", "head_bytes", "block_size", "head_dim",
+        "num_kv_heads", "group", "num_seqs", "lengths", "table", "table_stride", "first_blocks",
+        "scale", "partial", "scores", "scores_bytes", "zeros", "taken", "thread_num",
+        "num_threads", "barrier",
+    )  # fmt: skip
 
 
-_JOB = types.Record.make_c_struct([(field[0], types.int64) for field in Job._fields_])
+_JOB = record_of(Job)
 
 _FLOAT32 = np.float32(0)  # tells compiled functions what lies at an address
 _multiply_tile = new_multiply_tile(_HEADS, _VECTORS)
@@ -286,24 +286,22 @@ def _sequence(job: Any, block: Any) -> Any:
 def _run(at: Any) -> None:
     """Take blocks of the thread's own part until none is left, then others'; put rows together."""
     job = carray(at, 1)[0]
-    thread, num_threads = 0, 1
-    if job.thread_num:
-        thread, num_threads = call_address(job.thread_num), call_address(job.num_threads)
+    thread, num_threads = this_thread(job)
     scores = job.scores + thread * job.scores_bytes
     num_units = read_int(job.first_blocks, job.num_seqs) * job.num_kv_heads
     for others in range(num_threads):
         owner = (thread + others) % num_threads
         begin = num_units * owner // num_threads
         end = num_units * (owner + 1) // num_threads
-        unit = begin + take(job.taken + owner * _CACHE_LINE)
+        unit = begin + take(job.taken + owner * CACHE_LINE)
         while unit < end:
             block, head = unit // job.num_kv_heads, unit % job.num_kv_heads
             seq = _sequence(job, block)
             _attend(job, seq, head, block - read_int(job.first_blocks, seq), unit, scores)
-            unit = begin + take(job.taken + owner * _CACHE_LINE)
+            unit = begin + take(job.taken + owner * CACHE_LINE)
     if num_threads > 1:
         call_address(job.barrier)
-    write_int(job.taken + thread * _CACHE_LINE, 0)  # nobody takes anything any more
+    write_int(job.taken + thread * CACHE_LINE, 0)  # nobody takes anything any more
     num_rows = job.num_seqs * job.num_kv_heads * job.group
     for row in range(num_rows * thread // num_threads, num_rows * (thread + 1) // num_threads):
         heads = job.num_kv_heads * job.group
@@ -318,7 +316,7 @@ class Workspace:
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
-        self._taken = np.zeros((threads.count, _CACHE_LINE // 8), np.int64)
+        self._taken = np.zeros((threads.count, CACHE_LINE // 8), np.int64)
         self._fields = {
             "taken": self._taken.ctypes.data,
             "thread_num": threads.thread_num,

@@ -7,6 +7,7 @@ Import this module only in a worker that runs: numba must come after vLLM has re
 kernels.
 """
 
+import ctypes
 import math
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,8 +18,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 FEATURES = frozenset((config.CPU_FEATURES or binding.get_host_cpu_features().flatten()).split(","))
+HAS_AVX2 = {"+avx2", "+fma"} <= FEATURES
 HAS_AVX512 = "+avx512f" in FEATURES
 LANES = 16 if HAS_AVX512 else 8  # float32 of a vector
+CACHE_LINE = 64  # bytes
 
 compiled = njit(nogil=True, error_model="numpy")
 inlined = njit(nogil=True, error_model="numpy", forceinline=True)
@@ -31,6 +34,16 @@ _LOG2_E = 1 / math.log(2)
 # ln(2) in two parts, the first of few enough bits that its products with small numbers are exact.
 _LN_2 = (0.693359375, math.log(2) - 0.693359375)
 _DEGREE = 7
+
+
+def int64_fields(*names: str) -> list[tuple[str, Any]]:
+    """Return a ctypes structure's fields, all int64."""
+    return [(name, ctypes.c_int64) for name in names]
+
+
+def record_of(job: type[ctypes.Structure]) -> Any:
+    """Return the same structure, all int64, as compiled functions read it."""
+    return types.Record.make_c_struct([(field[0], types.int64) for field in job._fields_])
 
 
 def _wide(kind: Any, lanes: int) -> Any:
@@ -277,3 +290,11 @@ def take(_: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", pointer, BITS_64(1), "monotonic")
 
     return types.int64(types.int64), generate
+
+
+@inlined
+def this_thread(job: Any) -> Any:
+    """Return the running thread's number and how many run, by the addresses in a job."""
+    if job.thread_num:
+        return call_address(job.thread_num), call_address(job.num_threads)
+    return 0, 1

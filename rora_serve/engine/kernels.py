@@ -28,9 +28,12 @@ from rora_serve.engine.instructions import (
     call_address,
     compiled,
     inlined,
+    int64_fields,
     read_int,
     read_number,
+    record_of,
     size_of,
+    this_thread,
     write_number,
 )
 from rora_serve.engine.slots import PANEL, Element
@@ -84,18 +87,15 @@ class Job(ctypes.Structure):
         thread_num, num_threads, barrier: addresses of OpenMP's functions; all 0 for one thread.
     """
 
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "x", "x_stride", "y", "y_stride", "is_embedding", "in_features", "num_parts", "columns",
-            "num_groups", "rows", "starts", "blocks", "elements", "ranks", "scalings",
-            "ranks_stride", "shrunk", "shrunk_stride", "thread_num", "num_threads",
-            "barrier",
-        )
-    ]  # fmt: skip
+    _fields_ = int64_fields(
+        "x", "x_stride", "y", "y_stride", "is_embedding", "in_features", "num_parts", "columns",
+        "num_groups", "rows", "starts", "blocks", "elements", "ranks", "scalings",
+        "ranks_stride", "shrunk", "shrunk_stride", "thread_num", "num_threads",
+        "barrier",
+    )  # fmt: skip
 
 
-_JOB = types.Record.make_c_struct([(field[0], types.int64) for field in Job._fields_])
+_JOB = record_of(Job)
 
 
 def _new_dots(num_rows: int, num_factors: int, num_chains: int = 1) -> Callable[..., None]:
@@ -424,9 +424,7 @@ def _run(job: Any, like: Any) -> None:
     A group of many rows is cut between rows. Of one with few, every thread that has a piece of it
     takes some rows of A, waits for the others, and takes some columns of y.
     """
-    thread, num_threads = 0, 1
-    if job.thread_num:
-        thread, num_threads = call_address(job.thread_num), call_address(job.num_threads)
+    thread, num_threads = this_thread(job)
     many = max(_MANY, num_threads * _ROWS)
     total = 0
     for g in range(job.num_groups):

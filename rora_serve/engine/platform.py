@@ -1,4 +1,4 @@
-"""RoraCpuPlatform: vLLM's CPU platform, with our worker, smaller blocks and unused kernels."""
+"""RoraCpuPlatform: vLLM's CPU platform, with our worker, decoding, small blocks, unused kernels."""
 
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ _BLOCK_SIZE, _VLLM_BLOCK_SIZE = 64, 128
 
 
 class RoraCpuPlatform(CpuPlatform):
-    """Names our worker where adapters are served, a block size and compiled norms."""
+    """Names our worker where adapters are served, our decoding, a block size and compiled norms."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:

@@ -21,12 +21,15 @@ from numba import carray, cfunc, types
 from torch import Tensor
 
 from rora_serve.engine.instructions import (
-    FEATURES,
+    CACHE_LINE,
+    HAS_AVX2,
     HAS_AVX512,
     LANES,
-    call_address,
     compiled,
+    int64_fields,
+    record_of,
     take,
+    this_thread,
 )
 from rora_serve.engine.large_outputs import LARGE_BYTES, LargeOutputs
 from rora_serve.engine.threads import Threads
@@ -39,7 +42,6 @@ _VECTORS = 2
 _COLUMNS = _VECTORS * LANES
 # Inputs that are summed up at a time, at most: a sum's error grows with its length.
 _DEPTH = 384
-_CACHE_LINE = 64
 
 
 class Job(ctypes.Structure):
@@ -58,16 +60,13 @@ class Job(ctypes.Structure):
     All numbers are float32.
     """
 
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "x", "x_stride", "num_rows", "y", "y_stride", "start", "in_features", "num_panels",
-            "panels", "taken", "thread_num", "num_threads",
-        )
-    ]  # fmt: skip
+    _fields_ = int64_fields(
+        "x", "x_stride", "num_rows", "y", "y_stride", "start", "in_features", "num_panels",
+        "panels", "taken", "thread_num", "num_threads",
+    )  # fmt: skip
 
 
-_JOB = types.Record.make_c_struct([(field[0], types.int64) for field in Job._fields_])
+_JOB = record_of(Job)
 
 
 _multiply_tile = new_multiply_tile(_ROWS, _VECTORS)
@@ -103,14 +102,12 @@ def _multiply_panel(job: Any, panel: Any, following: Any) -> None:
 def _run(at: Any) -> None:
     """Take panels of the thread's own part until none is left, then those of others."""
     job = carray(at, 1)[0]
-    thread, num_threads = 0, 1
-    if job.thread_num:
-        thread, num_threads = call_address(job.thread_num), call_address(job.num_threads)
+    thread, num_threads = this_thread(job)
     for others in range(num_threads):
         owner = (thread + others) % num_threads
         begin = job.num_panels * owner // num_threads
         end = job.num_panels * (owner + 1) // num_threads
-        taken = job.taken + owner * _CACHE_LINE
+        taken = job.taken + owner * CACHE_LINE
         panel = begin + take(taken)
         while panel < end:
             following = begin + take(taken)
@@ -141,7 +138,7 @@ class Product:
         # While a model is loaded, torch's default is the model's dtype.
         self._start = torch.zeros(self._width, dtype=torch.float32, device="cpu")
         self._has_bias = False
-        self._taken = np.zeros((threads.count, _CACHE_LINE // 8), np.int64)
+        self._taken = np.zeros((threads.count, CACHE_LINE // 8), np.int64)
         self._job = Job(
             y_stride=4 * self._width,
             start=self._start.data_ptr(),
@@ -223,6 +220,6 @@ def new_product(weight: Tensor, threads: Threads) -> Product | None:
 
     That is for other dtypes and other processors than x86's with AVX2, where nothing was measured.
     """
-    if weight.dtype != torch.float32 or weight.dim() != 2 or not {"+avx2", "+fma"} <= FEATURES:
+    if weight.dtype != torch.float32 or weight.dim() != 2 or not HAS_AVX2:
         return None
     return Product(weight, threads)
