@@ -65,13 +65,14 @@ def rms_norm(
     return output
 
 
-def _supports_sum(
+def supports_sum(
     x: Tensor,
     x_residual: Tensor,
     weight: Tensor | None,
     epsilon: float,  # noqa: ARG001
     variance_size: int | None = None,
 ) -> bool:
+    """Tell whether `fused_add_rms_norm` does what PyTorch's code does."""
     return (
         _can_normalize(x, weight, variance_size)
         and x_residual.dtype == x.dtype
@@ -83,7 +84,7 @@ def _supports_sum(
 
 @ir.ops.fused_add_rms_norm.register_impl(
     PROVIDER,
-    supports_args=_supports_sum,
+    supports_args=supports_sum,
     supported=hasattr(torch.ops._C, "fused_add_rms_norm"),
     inplace=True,
 )

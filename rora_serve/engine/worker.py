@@ -41,7 +41,8 @@ class RaggedCpuWorker(CPUWorker):
 
             threads = Threads(torch.get_num_threads())
             if threads.count == threads.asked_for:
-                import rora_serve.engine.activations  # noqa: F401, PLC0415
+                import rora_serve.engine.activations  # noqa: PLC0415
+                import rora_serve.engine.norm_layers  # noqa: F401, PLC0415
 
                 replace_products(partial(new_product, threads=threads))
 

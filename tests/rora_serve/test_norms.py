@@ -1,13 +1,20 @@
 """The compiled norms are those of vLLM's PyTorch code, and leave alone what they can not do."""
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from vllm import ir
-from vllm.config import CompilationConfig, CompilationMode, VllmConfig
+from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.layernorm import RMSNorm
 
 from rora_serve.engine.norms import PROVIDER
 from rora_serve.engine.platform import RoraCpuPlatform
+
+# As rora_serve.engine.worker does: models that are made from then on have its layers.
+norm_layers = importlib.import_module("rora_serve.engine.norm_layers")
 
 EPSILON = 1e-5
 SHAPES = [(1, 576), (33, 576), (0, 576), (7, 16), (4, 3, 64)]
@@ -72,6 +79,43 @@ def test_what_is_not_given_away_is_not_written() -> None:
     assert torch.equal(given[0], x)
     assert torch.equal(given[1], residual)
     assert torch.equal(found[1], x + residual)
+
+
+def new_layer(**how: Any) -> Any:
+    with set_current_vllm_config(VllmConfig()):
+        layer = RMSNorm(64, EPSILON, **how)
+    assert isinstance(layer, norm_layers.ShortRMSNorm), "vLLM makes ours"
+    return layer
+
+
+@torch.no_grad()
+def test_layers_return_what_vllms_do() -> None:
+    x, residual, weight = random_inputs((5, 64), torch.float32)
+    layer = new_layer()
+    layer.weight.copy_(weight)
+    torch.testing.assert_close(layer.forward_cpu(x.clone()), layer.forward_native(x.clone()))
+    found = layer.forward_cpu(x.clone(), residual.clone())
+    for ours, theirs in zip(found, layer.forward_native(x.clone(), residual.clone()), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    given = x.clone(), residual.clone()
+    norm, total = layer.forward_cpu(*given)
+    assert norm.data_ptr() == given[0].data_ptr(), "without a tensor of its own"
+    assert total is given[1]
+
+
+@pytest.mark.parametrize(
+    "how", [{"var_hidden_size": 32}, {"has_weight": False}, {"dtype": torch.bfloat16}, {}], ids=str
+)
+@torch.no_grad()
+def test_layers_leave_what_the_kernel_can_not_do_to_vllm(how: dict[str, Any]) -> None:
+    layer = new_layer(**how)
+    x, residual, _ = random_inputs((64, 64), torch.float32)
+    if not how:
+        x = x.mT
+    found = layer.forward_cpu(x.clone(), residual.clone())
+    expected = layer.forward_native(x.clone(), residual.clone())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 X, WEIGHT = torch.ones(4, 64), torch.ones(64)
