@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers import utils
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -105,9 +111,10 @@ _VLLMS_DISPATCH: Any = utils.dispatch_cpu_unquantized_gemm
 def replace_products(make: Callable[[Tensor], Any]) -> None:
     """Let layers of the base model multiply by what `make` makes of their weights.
 
-    vLLM asks one function for each layer's product, after the weights were read.
-    Args: make: given a weight, returns a function of x, the weight (which may be gone) and the
-        bias, with `pack` to copy the weight; or None, for vLLM's own product.
+    vLLM asks one function for each layer's product, after the weights were read. Linear layers then
+    go to it straight away; vLLM asks how to multiply at each call, 2 us a layer.
+    Args: make: given a weight, returns a function of x, the weight (or None, as it may be gone) and
+        the bias, with `pack` to copy the weight; or None, for vLLM's own product.
     """
     module: Any = utils
 
@@ -117,6 +124,10 @@ def replace_products(make: Callable[[Tensor], Any]) -> None:
             _VLLMS_DISPATCH(layer, remove_weight)
             return
         layer.cpu_linear = product
+        method: Any = getattr(layer, "quant_method", None)
+        is_plain = type(method) is UnquantizedLinearMethod
+        if is_plain:  # each layer has one of its own
+            method.apply = lambda _, x, bias=None: product(x, None, bias)
         if remove_weight:
             product.pack()
             nothing = torch.empty(0, dtype=layer.weight.dtype)
@@ -176,6 +187,7 @@ class BaseLayer:
         kind: of layer.
         in_features: of a linear layer; of an embedding, its vocabulary.
         parts: per module path, its first output column and its number of output columns.
+        product: of `replace_products`, where what it returns is the layer's output.
     """
 
     name: str
@@ -183,6 +195,7 @@ class BaseLayer:
     kind: Kind
     in_features: int
     parts: Mapping[str, tuple[int, int]]
+    product: Any = None
 
     @property
     def is_head(self) -> bool:
@@ -204,7 +217,8 @@ def base_layers(model: nn.Module) -> list[BaseLayer]:
             continue
         if isinstance(module, LinearBase) and name.rpartition(".")[2] not in _ABSORBED:
             parts = linear_parts(name, module, model)
-            found.append(BaseLayer(name, module, "linear", module.input_size, parts))
+            product = whole_product(module)
+            found.append(BaseLayer(name, module, "linear", module.input_size, parts, product))
         elif isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
             parts = {name: (0, module.embedding_dim)}
             found.append(BaseLayer(name, module, "embedding", module.org_vocab_size, parts))
@@ -212,6 +226,18 @@ def base_layers(model: nn.Module) -> list[BaseLayer]:
         parts = {path: (0, head.org_vocab_size)}
         found.append(BaseLayer(path, processor, "linear", head.embedding_dim, parts))
     return found
+
+
+_PLAIN_FORWARDS = {
+    layer.forward for layer in (ReplicatedLinear, ColumnParallelLinear, RowParallelLinear)
+}
+
+
+def whole_product(layer: LinearBase) -> Any:
+    """Return what multiplies for a layer, if the layer asks it once a call and adds nothing."""
+    is_plain = type(layer).forward in _PLAIN_FORWARDS and layer.tp_size == 1
+    is_unquantized = type(layer.quant_method) is UnquantizedLinearMethod
+    return getattr(layer, "cpu_linear", None) if is_plain and is_unquantized else None
 
 
 def wrap_head(processor: nn.Module, hook: Callable[[Tensor, Tensor], None]) -> None:

@@ -1,12 +1,15 @@
-"""Where our layers hang on vLLM's: behind forward, and one opaque operator in compiled graphs."""
+"""Where our layers hang on vLLM's: behind products or forward; an operator in compiled graphs."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rora_serve.engine.compat import BaseLayer, wrap_head
+
+if TYPE_CHECKING:
+    from rora_serve.engine.products import Addition, Product
 
 # Adds the step's deltas to what a layer made of x, in place.
 AddDeltas = Callable[[Tensor, Tensor], None]
@@ -32,11 +35,18 @@ class LayerHooks:
 
     One model a process: the operator knows layers by name.
 
-    Args: layers: of the model, each with its function.
+    Args:
+        layers: of the model, each with its function.
+        products: of its other layers, each with what is added to it.
     """
 
-    def __init__(self, layers: Iterable[tuple[BaseLayer, AddDeltas]]) -> None:
+    def __init__(
+        self,
+        layers: Iterable[tuple[BaseLayer, AddDeltas]],
+        products: Iterable[tuple["Product", "Addition"]] = (),
+    ) -> None:
         _in_use.clear()
+        self._products = tuple(products)
         self._classes: list[tuple[nn.Module, type, type]] = []
         for base, add in layers:
             _in_use[base.name] = add
@@ -58,6 +68,8 @@ class LayerHooks:
             self._are_on = on
             for module, plain, hooked in self._classes:
                 module.__class__ = hooked if on else plain
+            for product, addition in self._products:
+                product.add(addition if on else None)
 
 
 def _hooked(layer_class: Any, name: str, add: AddDeltas) -> Any:

@@ -282,6 +282,17 @@ def call_address(_: Any, function: Any) -> Any:
 
 
 @intrinsic
+def call_with(_: Any, function: Any, argument: Any) -> Any:
+    """Call a C function of one address, by its own."""
+
+    def generate(__: Any, builder: Any, ___: Any, values: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [BITS_64])
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), [values[1]])
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
 def take(_: Any, address: Any) -> Any:
     """Count one more at an address, whoever else does; return the number before."""
 

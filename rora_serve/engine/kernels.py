@@ -456,6 +456,8 @@ class Loop:
     Args:
         element: dtype that the model computes in.
         threads: to run on.
+
+    `address` is the C function's, for threads that run already.
     Cost: 20 s of compiling the first time on a machine, then numba's cache has it.
     """
 
@@ -468,7 +470,7 @@ class Loop:
             _run(carray(job, 1)[0], like)
 
         self._function = run  # its code is freed with it
-        self._address: int = run.address
+        self.address: int = run.address
         self._threads = threads
 
     def new_job(self) -> Job:
@@ -481,4 +483,4 @@ class Loop:
 
     def run(self, job: int) -> None:
         """Add every group's delta to its rows of y; the job is named by its address."""
-        self._threads.run(self._address, job)
+        self._threads.run(self.address, job)

@@ -23,7 +23,7 @@ from rora_serve.engine.first_steps import FirstSteps
 from rora_serve.engine.hooks import AddDeltas, LayerHooks
 from rora_serve.engine.loading import read_slot
 from rora_serve.engine.ragged_batch import Groups, RaggedBatch
-from rora_serve.engine.ragged_layers import DTYPES, RaggedLayer
+from rora_serve.engine.ragged_layers import DTYPES, DeltasAfterProduct, RaggedLayer
 from rora_serve.engine.slots import Site, Slot
 from rora_serve.engine.threads import Threads
 
@@ -45,6 +45,7 @@ class RaggedLoraManager:
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, is_compiled: bool) -> None:
         # numba must come after vLLM has registered its own kernels, which it has by now.
         from rora_serve.engine.kernels import Loop  # noqa: PLC0415
+        from rora_serve.engine.products import Product  # noqa: PLC0415
 
         self._model = model
         self._slots: dict[int, Slot] = {}
@@ -71,9 +72,13 @@ class RaggedLoraManager:
         self.num_parts = max((len(base.parts) for base in layers), default=1)
         self._batch = RaggedBatch(len(layers))
         self.site = lru_cache(maxsize=_KNOWN_NAMES)(self._find_site)
-        self._hooks = LayerHooks(
-            (base, self._adding(index, is_head=base.is_head)) for index, base in enumerate(layers)
-        )
+        hooked, products = [], []
+        for index, (base, layer) in enumerate(zip(layers, self._layers, strict=True)):
+            if isinstance(base.product, Product) and layer.can_follow(base.product):
+                products.append((base.product, DeltasAfterProduct(layer, self._batch)))
+            else:
+                hooked.append((base, self._adding(index, is_head=base.is_head)))
+        self._hooks = LayerHooks(hooked, products)
         self._is_compiled = is_compiled
 
     @property

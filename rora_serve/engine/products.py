@@ -13,7 +13,7 @@ kernels. The import compiles for a second the first time on a machine, then numb
 """
 
 import ctypes
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from rora_serve.engine.instructions import (
     HAS_AVX2,
     HAS_AVX512,
     LANES,
+    call_address,
+    call_with,
     compiled,
     int64_fields,
     record_of,
@@ -55,14 +57,16 @@ class Job(ctypes.Structure):
         panels: address of [num_panels, in_features, _COLUMNS].
         taken: address of the numbers of panels that were taken of each thread's part, 0 at first
             and a cache line apart.
-        thread_num, num_threads: addresses of OpenMP's functions; 0 for one thread.
+        after, after_job: addresses of a C function that every thread calls once all of y is
+            written, and of what it is called with; 0 for none.
+        thread_num, num_threads, barrier: addresses of OpenMP's functions; 0 for one thread.
 
     All numbers are float32.
     """
 
     _fields_ = int64_fields(
         "x", "x_stride", "num_rows", "y", "y_stride", "start", "in_features", "num_panels",
-        "panels", "taken", "thread_num", "num_threads",
+        "panels", "taken", "after", "after_job", "thread_num", "num_threads", "barrier",
     )  # fmt: skip
 
 
@@ -100,7 +104,10 @@ def _multiply_panel(job: Any, panel: Any, following: Any) -> None:
 
 @cfunc(types.void(types.CPointer(_JOB)), cache=True, error_model="numpy")
 def _run(at: Any) -> None:
-    """Take panels of the thread's own part until none is left, then those of others."""
+    """Take panels of the thread's own part until none is left, then those of others.
+
+    Then do what comes after, which needs no parallel region of its own, 8 us each time.
+    """
     job = carray(at, 1)[0]
     thread, num_threads = this_thread(job)
     for others in range(num_threads):
@@ -113,6 +120,21 @@ def _run(at: Any) -> None:
             following = begin + take(taken)
             _multiply_panel(job, panel, min(following, end - 1))
             panel = following
+    if job.after:
+        if num_threads > 1:
+            call_address(job.barrier)
+        call_with(job.after, job.after_job)
+
+
+class Addition(Protocol):
+    """What is added to a product on the same threads, before its caller has it."""
+
+    @property
+    def function(self) -> int:
+        """The address of a C function of one address, that of a job."""
+
+    def job_after(self, product: Job) -> int:
+        """Return the address of the job for rows x and y of a product; 0: nothing is added."""
 
 
 _large_outputs = LargeOutputs()
@@ -147,8 +169,15 @@ class Product:
             taken=self._taken.ctypes.data,
             thread_num=threads.thread_num,
             num_threads=threads.num_threads,
+            barrier=threads.barrier,
         )
         self._job_address = ctypes.addressof(self._job)
+        self._addition: Addition | None = None
+
+    def add(self, addition: Addition | None) -> None:
+        """Let something be added to the output from now on; None: nothing."""
+        self._addition = addition
+        self._job.after = 0
 
     def pack(self) -> None:
         """Copy the weight into panels, which are all that is kept of it."""
@@ -166,8 +195,8 @@ class Product:
         self._job.panels = self._panels.data_ptr()
         self._weight = None
 
-    def __call__(self, x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x Wᵀ + bias.
+    def __call__(self, x: Tensor, _: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return x Wᵀ + bias, and what is added to it.
 
         Args:
             x: [..., in_features] float32.
@@ -198,6 +227,9 @@ class Product:
         job = self._job
         job.x, job.x_stride, job.num_rows = x.data_ptr(), 4 * row_stride, num_rows
         job.y = y.data_ptr()
+        if self._addition is not None:
+            job.after_job = self._addition.job_after(job)
+            job.after = self._addition.function if job.after_job else 0
         self._taken.fill(0)
         self._threads.run(_run.address, self._job_address)
         return y if self._width == self.out_features else y[:, : self.out_features].contiguous()

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from adapters.artifact import Kind
 from adapters.errors import EngineSeamError
-from rora_serve.engine.ragged_batch import Groups
+from rora_serve.engine.ragged_batch import Groups, RaggedBatch
 from rora_serve.engine.slots import Element
 
 if TYPE_CHECKING:
     from rora_serve.engine.kernels import Loop
+    from rora_serve.engine.products import Job as ProductJob
+    from rora_serve.engine.products import Product
 
 DTYPES = {Element.F32: torch.float32, Element.F16: torch.float16, Element.BF16: torch.bfloat16}
 
@@ -53,6 +55,7 @@ class RaggedLayer:
         self._columns = np.array(parts, np.int64)
         self._dtype = DTYPES[loop.element]
         self._run = loop.run
+        self.function = loop.address
         self._job = loop.new_job()
         self._job_address = ctypes.addressof(self._job)
         self._job.is_embedding = int(kind == "embedding")
@@ -100,6 +103,40 @@ class RaggedLayer:
         else:
             self._add_to_a_copy(x, y)
 
+    def can_follow(self, product: "Product") -> bool:
+        """Tell whether deltas can be added on the threads of a product, in float32 as it is."""
+        last, width = self.parts[-1]
+        return (
+            self.kind == "linear"
+            and self._dtype == torch.float32
+            and product.in_features == self.in_features
+            and product.out_features >= last + width
+        )
+
+    def job_after(self, product: "ProductJob", groups: Groups) -> int:
+        """Return the address of the loop's job for a product's rows; 0: no adapter changes them.
+
+        Args: product: x and y, as those of add_deltas.
+        Raises: EngineSeamError: the product has fewer rows than the step.
+        """
+        if not groups.is_touched[self._index]:
+            return 0
+        tables = groups.tables
+        assert tables is not None, "a layer that is touched has rows"
+        job = self._job
+        if tables.number != self._filled_from:
+            tables.fill(job, self._index)
+            self._filled_from = tables.number
+        if product.num_rows < groups.num_rows:
+            raise EngineSeamError(
+                f"{self.name}: {product.num_rows} rows in a step of {groups.num_rows}, at least as "
+                "many are expected; this model's layers are not served yet"
+            )
+        self._seen = None
+        job.x, job.x_stride = product.x, product.x_stride
+        job.y, job.y_stride = product.y, product.y_stride
+        return self._job_address
+
     def _check(self, x: Tensor, y: Tensor, groups: Groups) -> None:
         last, width = self.parts[-1]
         is_linear = self.kind == "linear"
@@ -133,3 +170,21 @@ class RaggedLayer:
             y += result
         elif result is not y:
             y.copy_(result)
+
+
+class DeltasAfterProduct:
+    """What a step's adapters add to a layer's product, on the threads that multiply.
+
+    Args:
+        layer: one that can follow the product.
+        batch: the rows of steps.
+    """
+
+    def __init__(self, layer: RaggedLayer, batch: RaggedBatch) -> None:
+        self._layer = layer
+        self._batch = batch
+        self.function = layer.function
+
+    def job_after(self, product: "ProductJob") -> int:
+        """See RaggedLayer.job_after."""
+        return self._layer.job_after(product, self._batch.tokens)

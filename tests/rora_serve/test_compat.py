@@ -4,6 +4,7 @@ import inspect
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +14,19 @@ import pytest
 import torch
 import zmq
 from torch import Tensor, nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers import utils
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.platforms.cpu import CpuPlatform
@@ -103,6 +112,84 @@ def test_layers_multiply_by_the_product_that_we_make(
         assert (layer.weight.numel() == 0) == is_weight_taken
         if own:
             assert made.pop().is_packed == is_weight_taken, "what is not multiplied is not copied"
+
+
+LINEAR_LAYERS: dict[str, Any] = {
+    "replicated": lambda **how: ReplicatedLinear(32, 64, **how),
+    "column": lambda **how: ColumnParallelLinear(32, 64, **how),
+    "merged": lambda **how: MergedColumnParallelLinear(32, [24, 40], **how),
+    "row": lambda **how: RowParallelLinear(32, 64, **how),
+}
+
+
+class Product:
+    """Knows how often it was asked."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.clone()
+        self.calls: list[Tensor | None] = []
+
+    def pack(self) -> None:
+        pass
+
+    def __call__(self, x: Tensor, _: Tensor | None, bias: Tensor | None) -> Tensor:
+        self.calls.append(bias)
+        return nn.functional.linear(x, self.weight, bias)
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What vLLM's layers ask before they are made."""
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(rank_in_group=0, world_size=1))
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("is_bias_left", [False, True])
+@pytest.mark.parametrize("kind", LINEAR_LAYERS)
+def test_vllms_linear_layers_return_what_their_product_does(
+    monkeypatch: pytest.MonkeyPatch, kind: str, is_bias_left: bool
+) -> None:
+    """Once a call, unchanged, so that what is added to the product is added to the layer."""
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
+    compat.replace_products(Product)
+    layer = LINEAR_LAYERS[kind](bias=True, skip_bias_add=is_bias_left)
+    other = LINEAR_LAYERS[kind](bias=True)
+    assert layer.quant_method is not other.quant_method, "ours is for one layer"
+    weight, bias, x = torch.randn(64, 32), torch.randn(64), torch.randn(3, 32)
+    layer.weight.data.copy_(weight)
+    layer.bias.data.copy_(bias)
+    layer.quant_method.process_weights_after_loading(layer)
+    product = compat.whole_product(layer)
+    assert isinstance(product, Product)
+    y, left = layer(x)
+    expected = nn.functional.linear(x, weight, None if is_bias_left else bias)
+    torch.testing.assert_close(y, expected)
+    assert (left is layer.bias) == is_bias_left
+    assert len(product.calls) == 1
+    assert (product.calls[0] is None) == is_bias_left
+
+
+@pytest.mark.usefixtures("one_process")
+def test_layers_that_do_more_than_multiply_are_not_taken_for_their_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
+    compat.replace_products(Product)
+
+    class Doubling(ReplicatedLinear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(2 * x)
+
+    for make in (Doubling, ReplicatedLinear):
+        layer = make(32, 64)
+        assert compat.whole_product(layer) is None, "its weight was not read yet"
+        layer.quant_method.process_weights_after_loading(layer)
+        assert (compat.whole_product(layer) is None) == (make is Doubling)
+    quantized: Any = layer
+    quantized.quant_method = object()
+    assert compat.whole_product(layer) is None, "it is quantized"
 
 
 def test_our_manager_has_every_method_that_the_runner_calls() -> None:

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.errors import EngineSeamError
+from rora_serve.engine.hooks import LayerHooks
 from rora_serve.engine.ragged_batch import RaggedBatch
-from rora_serve.engine.ragged_layers import DTYPES, RaggedLayer
+from rora_serve.engine.ragged_layers import DTYPES, DeltasAfterProduct, RaggedLayer
 from rora_serve.engine.slots import Slot
 from rora_serve.engine.threads import Threads
 from tests.reference import ATOL, Array, ragged_delta_loop
@@ -26,6 +27,7 @@ from tests.rora_serve.slots import make_slot
 # As rora_serve.engine.manager does: numba must come after vLLM.
 kernels = importlib.import_module("rora_serve.engine.kernels")
 instructions = importlib.import_module("rora_serve.engine.instructions")
+products = importlib.import_module("rora_serve.engine.products")
 
 
 @cache
@@ -289,6 +291,73 @@ def test_rows_that_can_not_be_told_apart_are_refused() -> None:
     for shape in ((2, IN), (1, 3, IN)):
         with pytest.raises(EngineSeamError, match=r"layer 0: input .* for a step of 3 rows"):
             make_layer(0).add_deltas(torch.ones(shape), torch.ones(3, 10), batch.tokens)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    steps=st.lists(
+        st.lists(st.integers(0, 4), min_size=1, max_size=3 * MANY), min_size=1, max_size=3
+    ),
+    ranks=st.dictionaries(
+        st.integers(1, 4),
+        st.tuples(st.lists(st.integers(0, 9), min_size=3, max_size=3), st.just([3])),
+        max_size=4,
+    ),
+    layer=st.integers(0, len(LAYERS) - 1),
+    padding=st.integers(0, 3),
+    has_bias=st.booleans(),
+    num_threads=st.sampled_from([1, 2, 3]),
+)
+def test_deltas_on_a_products_threads_are_those_added_behind_it(
+    steps: list[list[int]],
+    ranks: dict[int, tuple[list[int], list[int]]],
+    layer: int,
+    padding: int,
+    has_bias: bool,
+    num_threads: int,
+) -> None:
+    """To the last bit, in steps with other rows each time."""
+    slots = {key: make_adapter(key, of, torch.float32)[0] for key, of in ranks.items()}
+    batch = RaggedBatch(len(LAYERS))
+    generator = torch.Generator().manual_seed(layer)
+    width = sum(w for _, w in LAYERS[layer])
+    weight = torch.randn(width, IN, generator=generator)
+    bias = torch.randn(width, generator=generator) if has_bias else None
+    joined, plain = (products.new_product(weight, Threads(num_threads)) for _ in range(2))
+    ragged, behind = (make_layer(layer, num_threads=num_threads) for _ in range(2))
+    assert ragged.can_follow(joined)
+    hooks = LayerHooks((), [(joined, DeltasAfterProduct(ragged, batch))])
+    for ids in steps:
+        batch.set_rows(tuple(ids), (), slots)
+        wide = torch.randn(len(ids) + padding, IN + 5, generator=generator)
+        for x in (wide[:, 2 : IN + 2], wide[:, :IN].T.contiguous().T):
+            expected = plain(x, None, bias)
+            behind.add_deltas(x, expected, batch.tokens)
+            assert torch.equal(joined(x, None, bias), expected)
+    hooks.switch(on=False)
+    assert torch.equal(joined(x, None, bias), plain(x, None, bias))
+    hooks.switch(on=True)
+    assert torch.equal(joined(x, None, bias), expected)
+
+
+def test_a_product_of_fewer_rows_than_the_step_is_refused() -> None:
+    slot, _ = make_adapter(1, ([1, 0, 0], [0]), torch.float32)
+    batch = RaggedBatch(len(LAYERS))
+    batch.set_rows((1, 1, 0), (), {1: slot})
+    product = products.new_product(torch.ones(10, IN), Threads(2))
+    product.add(DeltasAfterProduct(make_layer(0, num_threads=2), batch))
+    with pytest.raises(EngineSeamError, match="layer 0: 2 rows in a step of 3, at least as many"):
+        product(torch.ones(2, IN), None, None)
+    batch.clear()
+    assert torch.equal(product(torch.ones(2, IN), None, None), torch.full((2, 10), float(IN)))
+
+
+def test_deltas_follow_products_of_their_own_layer_alone() -> None:
+    product = products.new_product(torch.ones(10, IN), Threads(1))
+    assert make_layer(0).can_follow(product)
+    assert not make_layer(0, dtype=torch.bfloat16).can_follow(product)
+    assert not make_layer(0, in_features=IN + 1).can_follow(product)
+    assert not make_layer(1).can_follow(product), "it has more columns"
 
 
 def test_rows_are_grouped_by_slot_in_their_order() -> None:
