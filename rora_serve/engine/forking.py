@@ -28,7 +28,7 @@ from rora_serve.side_process import follow_parent
 
 _PRELOADED = "rora_serve.engine.preloaded"
 # What OpenMP's library reads once, when it is loaded, and vLLM may set for its worker alone.
-_OPENMP = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_", "KMP_")
+_OPENMP = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_")
 
 _MOST_CORES = 2
 
