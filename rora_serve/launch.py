@@ -217,10 +217,10 @@ def _set_environment() -> None:
     if 0 < min(len(cores), quota or len(cores)) <= _FEW_CORES:
         os.environ[SLEEP_FLAG] = "1"
         # OpenMP's threads look for the next loop for milliseconds before they sleep, and between
-        # steps every core is wanted by the engine's and the server's process. Within a step the
-        # next loop comes in less than this, 20 to 400 us by the processor.
+        # steps every core is wanted by the engine's and the server's process. This many looks are
+        # enough for what Python takes from one loop of a step to the next.
         if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+            os.environ.setdefault("GOMP_SPINCOUNT", "40000")
     # Clients and proxies keep idle connections for 5 s (httpx) to 90 (Go), vLLM's server for 5. The
     # client must be who closes first: else a request goes out as its connection ends.
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "100")

@@ -33,6 +33,12 @@ _ELEMENTS = {dtype: element for element, dtype in DTYPES.items()}
 _KNOWN_NAMES = 65_536  # of modules whose place is remembered
 
 
+def _is_ours(product: Any) -> bool:
+    from rora_serve.engine.products import Product  # noqa: PLC0415  (numba comes after vLLM)
+
+    return isinstance(product, Product)
+
+
 class RaggedLoraManager:
     """Holds slots on the host and points every layer at the rows of each step.
 
@@ -45,7 +51,6 @@ class RaggedLoraManager:
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, is_compiled: bool) -> None:
         # numba must come after vLLM has registered its own kernels, which it has by now.
         from rora_serve.engine.kernels import Loop  # noqa: PLC0415
-        from rora_serve.engine.products import Product  # noqa: PLC0415
 
         self._model = model
         self._slots: dict[int, Slot] = {}
@@ -74,7 +79,7 @@ class RaggedLoraManager:
         self.site = lru_cache(maxsize=_KNOWN_NAMES)(self._find_site)
         hooked, products = [], []
         for index, (base, layer) in enumerate(zip(layers, self._layers, strict=True)):
-            if isinstance(base.product, Product) and layer.can_follow(base.product):
+            if not is_compiled and _is_ours(base.product) and layer.can_follow(base.product):
                 products.append((base.product, DeltasAfterProduct(layer, self._batch)))
             else:
                 hooked.append((base, self._adding(index, is_head=base.is_head)))

@@ -15,6 +15,8 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from rora_serve.engine.norms import supports_sum
 
+_HAS_KERNEL = hasattr(torch.ops._C, "fused_add_rms_norm")
+
 
 @RMSNorm.register_oot
 class ShortRMSNorm(RMSNorm):
@@ -25,7 +27,7 @@ class ShortRMSNorm(RMSNorm):
 
         Args: x, residual: [..., hidden_size]; both are written to if there are both.
         """
-        if residual is not None and self.pass_weight_add:
+        if residual is not None and self.pass_weight_add and _HAS_KERNEL:
             weight, epsilon = self.weight, self.variance_epsilon
             if supports_sum(x, residual, weight, epsilon, self.variance_size_override):
                 torch.ops._C.fused_add_rms_norm(x, residual, weight, epsilon)

@@ -133,8 +133,11 @@ class Addition(Protocol):
     def function(self) -> int:
         """The address of a C function of one address, that of a job."""
 
-    def job_after(self, product: Job) -> int:
-        """Return the address of the job for rows x and y of a product; 0: nothing is added."""
+    def job_after(self, product: Job, shape: torch.Size) -> int:
+        """Return the address of the job for rows x and y of a product; 0: nothing is added.
+
+        Args: shape: of x as the product got it, before it was laid out by rows.
+        """
 
 
 _large_outputs = LargeOutputs()
@@ -204,9 +207,9 @@ class Product:
             bias: [out_features] float32.
         Raises: ValueError: x or bias is of another dtype or size.
         """
-        if x.dim() != 2:
-            flat = x.reshape(-1, x.shape[-1])
-            return self(flat, _, bias).view(*x.shape[:-1], self.out_features)
+        shape = x.shape
+        if len(shape) != 2:
+            x = x.reshape(-1, shape[-1])
         num_rows, in_features = x.shape
         if x.dtype is not torch.float32 or in_features != self.in_features:
             raise ValueError(
@@ -228,11 +231,13 @@ class Product:
         job.x, job.x_stride, job.num_rows = x.data_ptr(), 4 * row_stride, num_rows
         job.y = y.data_ptr()
         if self._addition is not None:
-            job.after_job = self._addition.job_after(job)
+            job.after_job = self._addition.job_after(job, shape)
             job.after = self._addition.function if job.after_job else 0
         self._taken.fill(0)
         self._threads.run(_run.address, self._job_address)
-        return y if self._width == self.out_features else y[:, : self.out_features].contiguous()
+        if self._width != self.out_features:
+            y = y[:, : self.out_features].contiguous()
+        return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
     def _set_bias(self, bias: Tensor | None) -> None:
         self._has_bias = bias is not None

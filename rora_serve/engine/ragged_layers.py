@@ -113,11 +113,13 @@ class RaggedLayer:
             and product.out_features >= last + width
         )
 
-    def job_after(self, product: "ProductJob", groups: Groups) -> int:
+    def job_after(self, product: "ProductJob", shape: torch.Size, groups: Groups) -> int:
         """Return the address of the loop's job for a product's rows; 0: no adapter changes them.
 
-        Args: product: x and y, as those of add_deltas.
-        Raises: EngineSeamError: the product has fewer rows than the step.
+        Args:
+            product: x and y, as those of add_deltas.
+            shape: of x as the layer got it.
+        Raises: EngineSeamError: as add_deltas.
         """
         if not groups.is_touched[self._index]:
             return 0
@@ -127,10 +129,10 @@ class RaggedLayer:
         if tables.number != self._filled_from:
             tables.fill(job, self._index)
             self._filled_from = tables.number
-        if product.num_rows < groups.num_rows:
+        if len(shape) != 2 or product.num_rows < groups.num_rows:
             raise EngineSeamError(
-                f"{self.name}: {product.num_rows} rows in a step of {groups.num_rows}, at least as "
-                "many are expected; this model's layers are not served yet"
+                f"{self.name}: input {list(shape)} for a step of {groups.num_rows} rows, "
+                "[num_rows, in_features] is expected; this model's layers are not served yet"
             )
         self._seen = None
         job.x, job.x_stride = product.x, product.x_stride
@@ -185,6 +187,6 @@ class DeltasAfterProduct:
         self._batch = batch
         self.function = layer.function
 
-    def job_after(self, product: "ProductJob") -> int:
+    def job_after(self, product: "ProductJob", shape: torch.Size) -> int:
         """See RaggedLayer.job_after."""
-        return self._layer.job_after(product, self._batch.tokens)
+        return self._layer.job_after(product, shape, self._batch.tokens)

@@ -1,10 +1,12 @@
 """The private names of vLLM that we touch are where engine/compat.py expects them."""
 
+import importlib
 import inspect
 import re
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +57,7 @@ from rora_serve.engine import compat
 from rora_serve.engine.forking import ForkingContext
 from rora_serve.engine.manager import RaggedLoraManager
 from rora_serve.engine.platform_plugin import SEAM_FLAG, platform_plugin
+from rora_serve.engine.threads import Threads
 from rora_serve.engine.worker import RaggedCpuWorker
 
 
@@ -127,13 +130,13 @@ class Product:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.clone()
-        self.calls: list[Tensor | None] = []
+        self.calls: list[tuple[Tensor | None, Tensor | None]] = []
 
     def pack(self) -> None:
         pass
 
-    def __call__(self, x: Tensor, _: Tensor | None, bias: Tensor | None) -> Tensor:
-        self.calls.append(bias)
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        self.calls.append((weight, bias))
         return nn.functional.linear(x, self.weight, bias)
 
 
@@ -167,8 +170,9 @@ def test_vllms_linear_layers_return_what_their_product_does(
     expected = nn.functional.linear(x, weight, None if is_bias_left else bias)
     torch.testing.assert_close(y, expected)
     assert (left is layer.bias) == is_bias_left
-    assert len(product.calls) == 1
-    assert (product.calls[0] is None) == is_bias_left
+    ((given_weight, given_bias),) = product.calls
+    assert given_weight is None, "it was asked straight away"
+    assert (given_bias is None) == is_bias_left
 
 
 @pytest.mark.usefixtures("one_process")
@@ -190,6 +194,35 @@ def test_layers_that_do_more_than_multiply_are_not_taken_for_their_product(
     quantized: Any = layer
     quantized.quant_method = object()
     assert compat.whole_product(layer) is None, "it is quantized"
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deltas_hang_on_products_where_they_can_and_on_layers_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """In one place or the other, so that no adapter is added twice or not at all."""
+    products = importlib.import_module("rora_serve.engine.products")
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
+    compat.replace_products(partial(products.new_product, threads=Threads(1)))
+
+    class Doubling(ReplicatedLinear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(2 * x)
+
+    model: Any = nn.Module()
+    model.plain, model.doubling = (
+        make(32, 64, params_dtype=dtype) for make in (ReplicatedLinear, Doubling)
+    )
+    for layer in (model.plain, model.doubling):
+        layer.quant_method.process_weights_after_loading(layer)
+    RaggedLoraManager(model, dtype, is_compiled=False)
+    is_on_product = dtype == torch.float32 and products.HAS_AVX2
+    assert (type(model.plain) is ReplicatedLinear) == is_on_product
+    if is_on_product:
+        assert model.plain.cpu_linear._addition is not None
+        assert model.doubling.cpu_linear._addition is None
+    assert type(model.doubling) is not Doubling
 
 
 def test_our_manager_has_every_method_that_the_runner_calls() -> None:

@@ -148,7 +148,7 @@ def test_a_server_that_still_imports_is_ended(monkeypatch: pytest.MonkeyPatch) -
         ({"OMP_NUM_THREADS": "2"}, ["--max-model-len", "1024"], True),
         ({"OMP_PROC_BIND": "close"}, [], False),
         ({"GOMP_CPU_AFFINITY": "0 1"}, [], False),
-        ({"GOMP_SPINCOUNT": "10000"}, [], True),
+        ({"GOMP_SPINCOUNT": "40000"}, [], True),
         ({"LD_PRELOAD": "/lib/libiomp5.so"}, [], False),
         ({"LD_PRELOAD": str(forking._libgomp())}, [], True),
         ({}, ["--numa-bind"], False),

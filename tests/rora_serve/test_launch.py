@@ -1,6 +1,7 @@
 """How adapters get into an engine that is not on a CPU, where our layers step aside."""
 
 import asyncio
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,24 @@ def test_a_containers_share_of_processors_is_rounded_up(tmp_path: Path) -> None:
     for text, expected in (("max 100000", None), ("250000 100000", 3), ("5000 100000", 1)):
         (tmp_path / "cpu.max").write_text(text)
         assert launch._cpu_quota(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "given", "expected"),
+    [
+        (2, {}, "40000"),
+        (2, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (2, {"OMP_WAIT_POLICY": "active"}, None),
+        (8, {}, None),
+    ],
+)
+def test_openmps_threads_sleep_soon_where_every_core_computes(
+    monkeypatch: pytest.MonkeyPatch, num_cores: int, given: dict[str, str], expected: str | None
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)))
+    monkeypatch.setattr(os, "environ", dict(given))
+    launch._set_environment()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
 def test_kernels_are_compiled_anew_when_any_of_their_sources_changes() -> None:

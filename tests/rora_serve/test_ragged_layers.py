@@ -340,16 +340,19 @@ def test_deltas_on_a_products_threads_are_those_added_behind_it(
     assert torch.equal(joined(x, None, bias), expected)
 
 
-def test_a_product_of_fewer_rows_than_the_step_is_refused() -> None:
+def test_rows_of_a_product_that_can_not_be_told_apart_are_refused() -> None:
     slot, _ = make_adapter(1, ([1, 0, 0], [0]), torch.float32)
     batch = RaggedBatch(len(LAYERS))
     batch.set_rows((1, 1, 0), (), {1: slot})
     product = products.new_product(torch.ones(10, IN), Threads(2))
     product.add(DeltasAfterProduct(make_layer(0, num_threads=2), batch))
-    with pytest.raises(EngineSeamError, match="layer 0: 2 rows in a step of 3, at least as many"):
-        product(torch.ones(2, IN), None, None)
+    for shape in ((2, IN), (1, 3, IN), (3, 2, IN)):
+        with pytest.raises(EngineSeamError, match=r"layer 0: input \[.*\] for a step of 3 rows"):
+            product(torch.ones(shape), None, None)
     batch.clear()
-    assert torch.equal(product(torch.ones(2, IN), None, None), torch.full((2, 10), float(IN)))
+    for size in ((2,), (1, 3)):
+        y = product(torch.ones(*size, IN), None, None)
+        assert torch.equal(y, torch.full((*size, 10), float(IN))), "no adapter is in the step"
 
 
 def test_deltas_follow_products_of_their_own_layer_alone() -> None:
