@@ -78,15 +78,9 @@ class RaggedLayer:
         Raises: EngineSeamError: the layer got other rows than the step has, so that they can not be
             told apart.
         """
-        if not groups.is_touched[self._index]:
+        if not self._fill(groups):
             return  # such layers may see other rows, as those of an image encoder do
-        tables = groups.tables
-        assert tables is not None, "a layer that is touched has rows"
         job = self._job
-        if tables.number != self._filled_from:
-            tables.fill(job, self._index)
-            self._filled_from = tables.number
-            self._seen = None
         # The compiled loop reads and writes where it is told, as what it is told. Mostly that is as
         # in the step before, and looking twice would cost more than the call.
         seen = (x.shape, x.stride(), x.dtype, y.shape, y.stride(), y.dtype)
@@ -121,23 +115,30 @@ class RaggedLayer:
             shape: of x as the layer got it.
         Raises: EngineSeamError: as add_deltas.
         """
-        if not groups.is_touched[self._index]:
+        if not self._fill(groups):
             return 0
-        tables = groups.tables
-        assert tables is not None, "a layer that is touched has rows"
-        job = self._job
-        if tables.number != self._filled_from:
-            tables.fill(job, self._index)
-            self._filled_from = tables.number
         if len(shape) != 2 or product.num_rows < groups.num_rows:
             raise EngineSeamError(
                 f"{self.name}: input {list(shape)} for a step of {groups.num_rows} rows, "
                 "[num_rows, in_features] is expected; this model's layers are not served yet"
             )
+        job = self._job
         self._seen = None
         job.x, job.x_stride = product.x, product.x_stride
         job.y, job.y_stride = product.y, product.y_stride
         return self._job_address
+
+    def _fill(self, groups: Groups) -> bool:
+        """Point the job at a step's rows, unless it is already; tell whether any are ours."""
+        if not groups.is_touched[self._index]:
+            return False
+        tables = groups.tables
+        assert tables is not None, "a layer that is touched has rows"
+        if tables.number != self._filled_from:
+            tables.fill(self._job, self._index)
+            self._filled_from = tables.number
+            self._seen = None
+        return True
 
     def _check(self, x: Tensor, y: Tensor, groups: Groups) -> None:
         last, width = self.parts[-1]

@@ -140,6 +140,13 @@ class Product:
         return nn.functional.linear(x, self.weight, bias)
 
 
+class Doubling(ReplicatedLinear):
+    """Does more than its product."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(2 * x)
+
+
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What vLLM's layers ask before they are made."""
@@ -182,10 +189,6 @@ def test_layers_that_do_more_than_multiply_are_not_taken_for_their_product(
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
     compat.replace_products(Product)
 
-    class Doubling(ReplicatedLinear):
-        def forward(self, x: Tensor) -> Any:
-            return super().forward(2 * x)
-
     for make in (Doubling, ReplicatedLinear):
         layer = make(32, 64)
         assert compat.whole_product(layer) is None, "its weight was not read yet"
@@ -205,10 +208,6 @@ def test_deltas_hang_on_products_where_they_can_and_on_layers_elsewhere(
     products = importlib.import_module("rora_serve.engine.products")
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
     compat.replace_products(partial(products.new_product, threads=Threads(1)))
-
-    class Doubling(ReplicatedLinear):
-        def forward(self, x: Tensor) -> Any:
-            return super().forward(2 * x)
 
     model: Any = nn.Module()
     model.plain, model.doubling = (
