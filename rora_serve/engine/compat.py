@@ -27,6 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.models.interfaces import supports_lora
 from vllm.renderers import hf
 from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import SamplingParams
@@ -95,14 +96,30 @@ def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], 
     """Let a model runner use our LoRA manager in place of vLLM's.
 
     The runner calls `load_lora_model` once after it loaded the base model, and keeps what it
-    returns as its model; from then on it talks to `lora_manager`.
+    returns as its model; from then on it talks to `lora_manager`. Like vLLM's own, ours takes only
+    models that say they support LoRA: Bloom and Falcon lie in memory in another order of rows than
+    in their files, and adapters would change the wrong ones.
     """
 
     def load_lora_model(model: nn.Module, *_: Any) -> nn.Module:
+        if not supports_lora(model):
+            raise EngineSeamError(
+                f"{type(model).__name__}: vLLM does not support adapters of this model; a base "
+                "model of another architecture is expected"
+            )
         model_runner.lora_manager = make_manager(model)
         return model
 
     model_runner.load_lora_model = load_lora_model
+
+
+_REHEARSED_TOKENS = 7  # of as many requests, or of fewer
+
+
+def rehearse(model_runner: Any) -> None:
+    """Run the base model on rows of one dummy adapter, as vLLM does to measure or to compile."""
+    num_tokens = min(_REHEARSED_TOKENS, model_runner.max_num_tokens)
+    model_runner._dummy_run(num_tokens, num_active_loras=1)
 
 
 _VLLMS_DISPATCH: Any = utils.dispatch_cpu_unquantized_gemm
@@ -254,6 +271,21 @@ def wrap_head(processor: nn.Module, hook: Callable[[Tensor, Tensor], None]) -> N
         return logits
 
     wrapped._apply_head = apply_and_hook
+
+
+def note_logits(model: nn.Module, note: Callable[[Tensor], None]) -> None:
+    """Let `note` see the rows of which logits are asked, before the model changes them.
+
+    Some models norm them first, and what their head gets is no view of the step's rows any more.
+    """
+    noted: Any = model
+    compute_logits = noted.compute_logits
+
+    def note_and_compute(hidden: Tensor, *more: Any, **options: Any) -> Any:
+        note(hidden)
+        return compute_logits(hidden, *more, **options)
+
+    noted.compute_logits = note_and_compute
 
 
 def linear_parts(name: str, layer: LinearBase, model: nn.Module) -> dict[str, tuple[int, int]]:

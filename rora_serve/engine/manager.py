@@ -18,19 +18,20 @@ from torch import Tensor, nn
 from vllm.lora.request import LoRARequest
 
 from adapters.errors import EngineSeamError
-from rora_serve.engine.compat import base_layers, vllm_module_name
+from rora_serve.engine.compat import base_layers, note_logits, vllm_module_name
 from rora_serve.engine.first_steps import FirstSteps
 from rora_serve.engine.hooks import AddDeltas, LayerHooks
 from rora_serve.engine.loading import read_slot
-from rora_serve.engine.ragged_batch import Groups, RaggedBatch
+from rora_serve.engine.ragged_batch import RaggedBatch
 from rora_serve.engine.ragged_layers import DTYPES, DeltasAfterProduct, RaggedLayer
-from rora_serve.engine.slots import Site, Slot
+from rora_serve.engine.slots import Site, Slot, empty_slot
 from rora_serve.engine.threads import Threads
 
 logger = logging.getLogger(__name__)
 
 _ELEMENTS = {dtype: element for element, dtype in DTYPES.items()}
 _KNOWN_NAMES = 65_536  # of modules whose place is remembered
+_SHOWN_REFUSALS = 5
 
 
 def _is_ours(product: Any) -> bool:
@@ -54,7 +55,6 @@ class RaggedLoraManager:
 
         self._model = model
         self._slots: dict[int, Slot] = {}
-        self._warming_up: set[int] = set()
         self._first_steps = FirstSteps()
         loop = Loop(_ELEMENTS[dtype], Threads(torch.get_num_threads()))
         layers = base_layers(model)
@@ -75,6 +75,7 @@ class RaggedLoraManager:
             for index, base in enumerate(layers)
         ]
         self.num_parts = max((len(base.parts) for base in layers), default=1)
+        self._empty_slot = empty_slot(len(layers), self.num_parts)
         self._batch = RaggedBatch(len(layers))
         self.site = lru_cache(maxsize=_KNOWN_NAMES)(self._find_site)
         hooked, products = [], []
@@ -85,6 +86,10 @@ class RaggedLoraManager:
                 hooked.append((base, self._adding(index, is_head=base.is_head)))
         self._hooks = LayerHooks(hooked, products)
         self._is_compiled = is_compiled
+        self._heads = {index for index, base in enumerate(layers) if base.is_head}
+        self._groups_of_logits = self._batch.samples
+        if self._heads:
+            note_logits(model, self._note_logits)
 
     @property
     def num_layers(self) -> int:
@@ -100,6 +105,40 @@ class RaggedLoraManager:
         first_step = self._first_steps.expect(lora_int_id)
         self._slots[lora_int_id] = slot
         return first_step
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Surround a run of the model on rows of a dummy adapter, and learn what can be served.
+
+        Adapters of a layer that the model does not call, or calls with other rows than the step's,
+        are refused from then on: the one would change nothing, the other be added to anything.
+        Embeddings may go uncalled, as dummy runs of models that see images start behind them; and
+        heads do, as logits are asked by another call.
+        """
+        for layer in self._layers:
+            layer.in_rehearsal = True
+        yield
+        refused = []
+        for layer in self._layers:
+            layer.in_rehearsal = False
+        for module, site in list(self._sites.items()):
+            layer = self._layers[site.layer]
+            is_expected = layer.kind == "linear" and site.layer not in self._heads
+            if layer.misfit is not None:
+                refused.append(f"{module} ({layer.misfit})")
+            elif is_expected and not layer.is_called:
+                refused.append(f"{module} (the model does not call it)")
+            else:
+                continue
+            del self._sites[module]
+        self.site.cache_clear()
+        if refused:
+            logger.warning(
+                "adapters of %d modules are refused: %s%s",
+                len(refused),
+                "; ".join(refused[:_SHOWN_REFUSALS]),
+                "; .." if len(refused) > _SHOWN_REFUSALS else "",
+            )
 
     def end_step(self) -> None:
         """Note that a step is over."""
@@ -117,28 +156,32 @@ class RaggedLoraManager:
         def add_to_logits(hidden: Tensor, logits: Tensor) -> None:
             # The warm-up's logits are of no step's rows.
             if batch.tokens.is_touched[index]:
-                layer.add_deltas(hidden, logits, self._groups_of_head(hidden))
+                layer.add_deltas(hidden, logits, self._groups_of_logits)
 
         return add_to_logits if is_head else add_deltas
 
-    def _groups_of_head(self, hidden: Tensor) -> Groups:
-        """Return the rows of which logits are wanted: those that are sampled, or a prompt's own.
+    def _note_logits(self, hidden: Tensor) -> None:
+        """Find the rows of which logits are asked: those that are sampled, or a prompt's own.
 
         vLLM takes the former out of the step's rows, into a tensor of their own, and the latter as
         a view of some of them.
         """
+        batch = self._batch
+        if not any(batch.tokens.is_touched[index] for index in self._heads):
+            return
         num_rows = hidden.shape[0]
         row_bytes = hidden.stride(0) * hidden.element_size()
         if hidden.untyped_storage().nbytes() == num_rows * row_bytes:
-            if num_rows == self._batch.samples.num_rows:
-                return self._batch.samples
-            if num_rows != self._batch.tokens.num_rows:
+            if num_rows == batch.samples.num_rows:
+                self._groups_of_logits = batch.samples
+                return
+            if num_rows != batch.tokens.num_rows:
                 raise EngineSeamError(
-                    f"lm_head: {num_rows} rows for {self._batch.samples.num_rows} samples; this "
+                    f"lm_head: {num_rows} rows for {batch.samples.num_rows} samples; this "
                     "model's head is not served yet"
                 )
         first = hidden.storage_offset() // hidden.stride(0)
-        return self._batch.tokens_between(first, first + num_rows)
+        self._groups_of_logits = batch.tokens_between(first, first + num_rows)
 
     # What the model runner calls, by vLLM's names.
 
@@ -151,16 +194,17 @@ class RaggedLoraManager:
         self._first_steps.begin({request.lora_int_id for request in requests})
         for request in requests:
             key = request.lora_int_id
-            if key not in self._slots and key not in self._warming_up:
+            if key not in self._slots:
                 self._read_now(request)
         self._batch.set_rows(mapping.index_mapping, mapping.prompt_mapping, self._slots)
-        if not self._is_compiled:  # base-only steps are vLLM's own
+        if not self._is_compiled:  # steps of the base alone go without our part
             self._hooks.switch(on=self._batch.tokens.tables is not None)
 
     def _read_now(self, request: LoRARequest) -> None:
         """Read an adapter that a step needs and nobody holds, which leases are there to prevent.
 
-        Everybody waits for it; the other choice would be to stop the engine.
+        Everybody waits for it, and the engine ends if the file is bad by then: to go on would be
+        to answer as the base does, in the adapter's name.
         """
         logger.error("adapter %s is read within a step: its lease was broken", request.lora_name)
         self._slots[request.lora_int_id] = read_slot(
@@ -178,13 +222,18 @@ class RaggedLoraManager:
     def remove_adapter(self, lora_int_id: int) -> bool:
         """Drop an adapter and free its memory."""
         slot = self._slots.pop(lora_int_id, None)
-        self._batch.clear()
+        self._forget_step()
         return slot is not None
 
     def remove_all_adapters(self) -> None:
         """Drop every adapter."""
         self._slots.clear()
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        """Forget the last step's rows, which keep slots in memory."""
         self._batch.clear()
+        self._groups_of_logits = self._batch.samples
 
     def list_adapters(self) -> set[int]:
         """Return the ids of what is loaded."""
@@ -196,20 +245,19 @@ class RaggedLoraManager:
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
-        """Surround the warm-up, in which vLLM adds dummy adapters."""
+        """Surround a dummy run, in which vLLM adds dummy adapters."""
         try:
             yield
         finally:
-            self._warming_up.clear()
-            self.end_step()  # the warm-up's, whose second half is none
+            self.end_step()  # the run's, whose second half is none
 
     def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:  # noqa: ARG002
-        """Take a warm-up adapter without weights: our layers need no warm-up."""
-        self._warming_up.add(request.lora_int_id)
+        """Take a dummy run's adapter, which touches every layer and adds nothing."""
+        self._slots[request.lora_int_id] = self._empty_slot
         return True
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
-        """Return the rank of warm-up adapters, which have no weights here."""
+        """Return the rank of dummy adapters, which have no weights here."""
         return default_rank
 
     def supports_tower_connector_lora(self) -> bool:

@@ -65,6 +65,10 @@ class RaggedLayer:
         self._filled_from = 0
         self._seen: tuple[object, ...] | None = None
         self._is_plain = False
+        # In a rehearsal: whether the model called the layer, and why its rows can not be served.
+        self.in_rehearsal = False
+        self.is_called = False
+        self.misfit: str | None = None
 
     def add_deltas(self, x: Tensor, y: Tensor, groups: Groups) -> None:
         """Add every group's delta to its rows of `y`, in place.
@@ -73,10 +77,11 @@ class RaggedLayer:
 
         Args:
             x: [num_rows or more, in_features], or [num_rows or more] tokens for an embedding. The
-                layer's input; rows past the step's are padding.
+                layer's input; rows past the step's are padding. Models in Transformers' own code
+                have a batch axis of 1 in front of it, and of y.
             y: [num_rows or more, out_features]. The layer's output.
         Raises: EngineSeamError: the layer got other rows than the step has, so that they can not be
-            told apart.
+            told apart; in a rehearsal `misfit` says so.
         """
         if not self._fill(groups):
             return  # such layers may see other rows, as those of an image encoder do
@@ -85,12 +90,15 @@ class RaggedLayer:
         # in the step before, and looking twice would cost more than the call.
         seen = (x.shape, x.stride(), x.dtype, y.shape, y.stride(), y.dtype)
         if seen != self._seen:
-            self._check(x, y, groups)
+            if not self._fits(x.shape, y.shape, groups):
+                self._refuse(f"input {list(x.shape)} and output {list(y.shape)}", groups)
+                return
             self._seen = seen
             is_read = self.kind == "linear" and x.dtype == y.dtype == self._dtype
             self._is_plain = is_read and x.stride(-1) == y.stride(-1) == 1
-            job.x_stride = x.stride(0) * x.element_size()
-            job.y_stride = y.stride(0) * y.element_size()
+            if self._is_plain:
+                job.x_stride = x.stride(-2) * x.element_size()
+                job.y_stride = y.stride(-2) * y.element_size()
         if self._is_plain:
             job.x, job.y = x.data_ptr(), y.data_ptr()
             self._run(self._job_address)
@@ -117,11 +125,9 @@ class RaggedLayer:
         """
         if not self._fill(groups):
             return 0
-        if len(shape) != 2 or product.num_rows < groups.num_rows:
-            raise EngineSeamError(
-                f"{self.name}: input {list(shape)} for a step of {groups.num_rows} rows, "
-                "[num_rows, in_features] is expected; this model's layers are not served yet"
-            )
+        if _num_rows(shape, 2) < groups.num_rows:
+            self._refuse(f"input {list(shape)}", groups)
+            return 0
         job = self._job
         self._seen = None
         job.x, job.x_stride = product.x, product.x_stride
@@ -137,31 +143,34 @@ class RaggedLayer:
         if tables.number != self._filled_from:
             tables.fill(self._job, self._index)
             self._filled_from = tables.number
+            self.is_called = True
             self._seen = None
         return True
 
-    def _check(self, x: Tensor, y: Tensor, groups: Groups) -> None:
+    def _fits(self, x: torch.Size, y: torch.Size, groups: Groups) -> bool:
+        """Tell whether input and output have the rows of a step, and our columns."""
         last, width = self.parts[-1]
         is_linear = self.kind == "linear"
-        fits = (
-            x.dim() == (2 if is_linear else 1)
-            and y.dim() == 2
-            and min(x.shape[0], y.shape[0]) >= groups.num_rows
-            and y.shape[1] >= last + width
-            and (not is_linear or x.shape[1] == self.in_features)
+        num_rows = min(_num_rows(x, 2 if is_linear else 1), _num_rows(y, 2))
+        has_columns = y[-1] >= last + width and (not is_linear or x[-1] == self.in_features)
+        return num_rows >= groups.num_rows and has_columns
+
+    def _refuse(self, found: str, groups: Groups) -> None:
+        features = ", in_features" if self.kind == "linear" else ""
+        self.misfit = (
+            f"{self.name}: {found} for a step of {groups.num_rows} rows, "
+            f"[num_rows{features}] is expected; this layer is not served yet"
         )
-        if not fits:
-            raise EngineSeamError(
-                f"{self.name}: input {list(x.shape)} and output {list(y.shape)} for a step of "
-                f"{groups.num_rows} rows, [num_rows, in_features] and [num_rows, out_features] are "
-                "expected; this model's layers are not served yet"
-            )
+        if not self.in_rehearsal:
+            raise EngineSeamError(self.misfit)
 
     def _add_to_a_copy(self, x: Tensor, y: Tensor) -> None:
         """Do it for tokens, for rows whose numbers are no neighbours, and for other dtypes.
 
         Routers of experts, for one, may answer in float32 where the model computes in bfloat16.
         """
+        num_features = x.shape[-1:] if self.kind == "linear" else ()
+        x, y = x.reshape(-1, *num_features), y.view(-1, y.shape[-1])
         x = x.to(self._dtype if self.kind == "linear" else torch.int64).contiguous()
         is_read = y.dtype == self._dtype
         result = y.contiguous() if is_read else torch.zeros(y.shape, dtype=self._dtype)
@@ -173,6 +182,13 @@ class RaggedLayer:
             y += result
         elif result is not y:
             y.copy_(result)
+
+
+def _num_rows(shape: torch.Size, num_axes: int) -> int:
+    """Return the rows of a tensor, maybe behind a batch axis of 1; 0 if it has other axes."""
+    if len(shape) == num_axes:
+        return shape[0]
+    return shape[1] if len(shape) == num_axes + 1 and shape[0] == 1 else 0
 
 
 class DeltasAfterProduct:

@@ -180,10 +180,14 @@ class Slot:
         start = offsets.ctypes.data
         self.addresses = np.where(offsets > 0, offsets + start, 0)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the slot."""
-        return len(self.memory)
+
+def empty_slot(num_layers: int, num_parts: int) -> Slot:
+    """Return a slot that touches every layer of the running model, at rank 0: it adds nothing."""
+    layout = SlotLayout({}, {}, num_layers=num_layers, num_parts=num_parts)
+    layout.offsets.fill(layout.num_bytes)
+    memory = new_memory(layout.num_bytes)
+    layout.fill(iter(()), np.frombuffer(memory, np.uint8))
+    return Slot(memory, element=layout.element, num_layers=num_layers, num_parts=num_parts)
 
 
 def new_memory(num_bytes: int) -> memoryview:
@@ -291,7 +295,7 @@ def _placed(
 def _mismatch(module: LoraModule, site: Site | None) -> str | None:
     layer = "linear layer" if module.kind == "linear" else "embedding"
     if site is None or site.kind != module.kind:
-        return f"the base model has no such {layer}"
+        return f"the base model has no such {layer} that its engine can serve"
     if (module.in_features, module.out_features) != (site.in_features, site.out_features):
         return (
             f"the adapter is for [{module.out_features}, {module.in_features}], the base model has "

@@ -15,6 +15,7 @@ from rora_serve.engine.compat import (
     check_vllm_version,
     pack_heads,
     rank_tokens_uncompiled,
+    rehearse,
     replace_lora_manager,
     replace_products,
 )
@@ -83,12 +84,15 @@ class RaggedCpuWorker(CPUWorker):
             self._kv_memory = None
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up, and keep what is there by then out of garbage collections.
+        """Warm up, rehearse, and keep what is there by then out of garbage collections.
 
         To look through all that imports made takes 0.4 s, in a step. vLLM does so in its other
         processes and in its worker on GPUs.
         """
         times = super().compile_or_warm_up_model()
+        if self._ragged is not None:
+            with self._ragged.rehearsal():
+                rehearse(self.model_runner)
         gc.collect()
         gc.freeze()
         return times

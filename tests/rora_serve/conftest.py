@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -203,6 +204,17 @@ def differences_of_log_probs(log_probs: torch.Tensor, found: Continuation) -> li
         for step, top in enumerate(found.top_log_probs)
         for token, value in top.items()
     ]
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What vLLM's layers ask before they are made."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(rank_in_group=0, world_size=1))
+    with set_current_vllm_config(VllmConfig()):
+        yield
 
 
 @pytest.fixture(scope="package")

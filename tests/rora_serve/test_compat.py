@@ -5,7 +5,6 @@ import inspect
 import re
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +15,6 @@ import pytest
 import torch
 import zmq
 from torch import Tensor, nn
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import parallel_state
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -31,6 +28,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
@@ -147,14 +145,6 @@ class Doubling(ReplicatedLinear):
         return super().forward(2 * x)
 
 
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What vLLM's layers ask before they are made."""
-    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(rank_in_group=0, world_size=1))
-    with set_current_vllm_config(VllmConfig()):
-        yield
-
-
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("is_bias_left", [False, True])
 @pytest.mark.parametrize("kind", LINEAR_LAYERS)
@@ -237,6 +227,31 @@ def test_our_manager_has_every_method_that_the_runner_calls() -> None:
         theirs = inspect.signature(getattr(LRUCacheWorkerLoRAManager, name))
         ours = inspect.signature(getattr(RaggedLoraManager, name))
         assert len(ours.parameters) == len(theirs.parameters), name
+
+
+def test_only_models_that_say_so_take_adapters() -> None:
+    """As in vLLM's own method, which ours replaces."""
+    assert "if not supports_lora(model):" in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    runner: Any = SimpleNamespace()
+    compat.replace_lora_manager(runner, lambda _: "ours")
+    taken = type("Adaptable", (nn.Module, SupportsLoRA), {})()
+    assert runner.load_lora_model(taken) is taken
+    assert runner.lora_manager == "ours"
+    with pytest.raises(EngineSeamError, match="Packed: vLLM does not support adapters of this"):
+        runner.load_lora_model(Packed())
+
+
+def test_a_dummy_run_selects_dummy_adapters_that_the_manager_was_given() -> None:
+    runs = inspect.getsource(GPUModelRunner._dummy_run)
+    assert "with self.maybe_dummy_run_with_lora(" in runs
+    assert {"num_tokens", "num_active_loras"} <= set(
+        inspect.signature(GPUModelRunner._dummy_run).parameters
+    )
+    given = inspect.getsource(LoRAModelRunnerMixin.maybe_setup_dummy_loras)
+    assert "for lora_id in range(1, num_loras + 1)" in given
+    assert "self.lora_manager.add_dummy_lora(lr, rank=lora_warmup_rank)" in given
+    selected = inspect.getsource(LoRAModelRunnerMixin.maybe_select_dummy_loras)
+    assert "for lora_id in range(1, effective_num_loras + 1)" in selected
 
 
 def test_a_step_is_two_calls_to_the_worker_the_second_only_where_the_first_returns_none() -> None:
@@ -460,6 +475,8 @@ def test_rows_of_logits_are_a_copy_of_samples_or_a_view_of_a_prompt() -> None:
     source = inspect.getsource(GPUModelRunner)
     assert "sample_hidden_states = hidden_states[logits_indices]" in source
     assert "prompt_hidden_states = hidden_states[offset : offset + num_logits]" in source
+    for rows in ("sample_hidden_states", "prompt_hidden_states"):
+        assert f"self.model.compute_logits({rows})" in source
 
 
 @pytest.mark.parametrize(("flag", "expected"), [("1", True), ("0", False), (None, False)])

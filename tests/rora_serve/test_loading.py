@@ -107,7 +107,7 @@ def test_a_slot_holds_the_files_numbers_unpadded_and_in_their_dtype(
     expected = np.concatenate([array.reshape(-1) for array in numbers])
     np.testing.assert_array_equal(block(slot, 0, len(expected)), expected)
     tables = slot.offsets.nbytes + slot.ranks.nbytes + slot.scalings.nbytes
-    assert slot.num_bytes <= tables + 64 + open_artifact(folder).num_bytes
+    assert len(slot.memory) <= tables + 64 + open_artifact(folder).num_bytes
 
 
 def test_factors_of_several_dtypes_are_held_exactly(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_factors_of_several_dtypes_are_held_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        ({"m.x": (2, 6, 8)}, "m.x: the base model has no such linear layer"),
-        ({"m.e": (2, 20, 6)}, "m.e: the base model has no such linear layer"),
+        ({"m.x": (2, 6, 8)}, "m.x: the base model has no such linear layer that"),
+        ({"m.e": (2, 20, 6)}, "m.e: the base model has no such linear layer that"),
         (
             {"m.q": (2, 6, 9)},
             r"m.q: the adapter is for \[9, 6\], the base model has \[8, 6\]",
@@ -253,7 +253,7 @@ def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
     expected = read(folder)
     digest = weights_digest(open_artifact(folder))
     draft = Draft()
-    assert hand_over(tmp_path / "socket", 7, folder, digest, draft=draft) == expected.num_bytes
+    assert hand_over(tmp_path / "socket", 7, folder, digest, draft=draft) == len(expected.memory)
     assert bytes(holder.slots[7].memory) == expected.memory[:]
     assert not holder.slots[7].ranks.flags.writeable
     with pytest.raises(ArtifactError, match="differs from what was stored"):
@@ -347,7 +347,7 @@ def test_the_loader_reads_in_a_process_of_its_own_and_outlives_its_death(
 
     async def load() -> None:
         with contextlib.closing(Loader(tmp_path / "socket")) as loader:
-            assert await loader.load(1, resolved) == holder.slots[1].num_bytes
+            assert await loader.load(1, resolved) == len(holder.slots[1].memory)
             reader = reader_of(os.getpid())
             reader.kill()
             psutil.wait_procs([reader])

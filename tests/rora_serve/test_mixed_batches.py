@@ -104,6 +104,16 @@ def test_stock_vllm_fails_the_same_mix(
     assert largest_differences(oracle, requests, mixed)[BASE] > 10 * TOLERANCE
 
 
+def test_a_model_in_transformers_own_code_answers_the_same(
+    store: AdapterStore, oracle: Oracle, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """By which vLLM runs SmolLM3, Olmo and others; its layers' rows lie behind a batch axis."""
+    port = free_port()
+    command = our_command(store.root, port, vllm_options=[*CHUNK, "--model-impl", "transformers"])
+    with running(command, port, tmp_path / "log") as server:
+        check_mix(server, oracle, [name for name in adapters if name != "pruned"], seed=4)
+
+
 @pytest.mark.soak
 def test_a_compiled_model_answers_the_same_until_its_engine_dies(
     store: AdapterStore, oracle: Oracle, adapters: dict[str, Path], tmp_path: Path

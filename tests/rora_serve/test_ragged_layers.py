@@ -231,6 +231,9 @@ def test_an_embedding_adds_what_its_tokens_select() -> None:
         tokens = torch.from_numpy(generator.integers(0, vocabulary, len(ids)))
         y = torch.zeros(len(ids), hidden)
         layer.add_deltas(tokens, y, batch.tokens)
+        behind_an_axis = torch.zeros(1, len(ids), hidden)
+        layer.add_deltas(tokens[None], behind_an_axis, batch.tokens)
+        assert torch.equal(behind_an_axis[0], y)
         for row, token in enumerate(tokens):
             expected = 0.5 * b @ a[:, token] if ids[row] else np.zeros(hidden)
             np.testing.assert_allclose(y[row], expected, atol=ATOL["float32"])
@@ -288,9 +291,28 @@ def test_rows_that_can_not_be_told_apart_are_refused() -> None:
     slot, _ = make_adapter(1, ([1, 0, 0], [0]), torch.float32)
     batch = RaggedBatch(len(LAYERS))
     batch.set_rows((1, 1, 0), (), {1: slot})
-    for shape in ((2, IN), (1, 3, IN)):
+    for shape in ((2, IN), (1, 2, IN), (3, 1, IN), (2, 3, IN)):
         with pytest.raises(EngineSeamError, match=r"layer 0: input .* for a step of 3 rows"):
             make_layer(0).add_deltas(torch.ones(shape), torch.ones(3, 10), batch.tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_may_lie_behind_a_batch_axis_of_one(dtype: torch.dtype) -> None:
+    """As in models that run in Transformers' own code; also where they are copied to be read."""
+    slot, _ = make_adapter(1, ([2, 1, 3], [4]), torch.float32)
+    batch = RaggedBatch(len(LAYERS))
+    batch.set_rows((1, 0, 1), (), {1: slot})
+    wide, x = torch.randn(3, 20, dtype=dtype), torch.randn(3, IN, dtype=dtype)
+    for output in (wide, wide[:, :10], wide.T.contiguous().T[:, :10]):
+        for rows in (x, x.T.contiguous().T):
+            expected, found = output.clone(), output.clone()
+            make_layer(0).add_deltas(rows, expected, batch.tokens)
+            assert not torch.equal(expected, output)
+            layer = make_layer(0)
+            layer.add_deltas(rows[None], found[None], batch.tokens)
+            assert torch.equal(found, expected)
+            layer.add_deltas(rows, found, batch.tokens)
+            assert not torch.equal(found, expected)
 
 
 @settings(max_examples=80, deadline=None)
@@ -334,6 +356,7 @@ def test_deltas_on_a_products_threads_are_those_added_behind_it(
             expected = plain(x, None, bias)
             behind.add_deltas(x, expected, batch.tokens)
             assert torch.equal(joined(x, None, bias), expected)
+            assert torch.equal(joined(x[None], None, bias), expected[None])
     hooks.switch(on=False)
     assert torch.equal(joined(x, None, bias), plain(x, None, bias))
     hooks.switch(on=True)
@@ -346,7 +369,7 @@ def test_rows_of_a_product_that_can_not_be_told_apart_are_refused() -> None:
     batch.set_rows((1, 1, 0), (), {1: slot})
     product = products.new_product(torch.ones(10, IN), Threads(2))
     product.add(DeltasAfterProduct(make_layer(0, num_threads=2), batch))
-    for shape in ((2, IN), (1, 3, IN), (3, 2, IN)):
+    for shape in ((2, IN), (1, 2, IN), (3, 1, IN), (2, 3, IN)):
         with pytest.raises(EngineSeamError, match=r"layer 0: input \[.*\] for a step of 3 rows"):
             product(torch.ones(shape), None, None)
     batch.clear()
