@@ -3,9 +3,10 @@
 Owns the pairing of tensors to modules and the rules on their names and shapes.
 """
 
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -105,6 +106,15 @@ class LoraModule:
         return self.lora_a.num_bytes + self.lora_b.num_bytes
 
 
+def served_dtype(modules: Iterable[LoraModule]) -> str:
+    """Return the dtype that an adapter is served in: its own, or float32 if it has several.
+
+    Float32 holds the numbers of both others exactly.
+    """
+    dtypes = {tensor.dtype for m in modules for tensor in (m.lora_a, m.lora_b)}
+    return dtypes.pop() if len(dtypes) == 1 else "F32"
+
+
 @dataclass(frozen=True)
 class AdapterArtifact:
     """An adapter folder whose configuration and tensors agree."""
@@ -117,6 +127,14 @@ class AdapterArtifact:
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(module.num_bytes for module in self.modules.values())
+
+    @property
+    def num_bytes_served(self) -> int:
+        """Bytes of all tensors where the adapter is served, which is in one dtype."""
+        dtype = served_dtype(self.modules.values())
+        tensors = (t for m in self.modules.values() for t in (m.lora_a, m.lora_b))
+        itemsize = NUMPY_DTYPES[dtype].itemsize
+        return sum(math.prod(tensor.shape) * itemsize for tensor in tensors)
 
     @property
     def weights_path(self) -> Path:

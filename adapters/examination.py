@@ -44,7 +44,7 @@ def version_of(folder: Path, *, given: Path | str, added: int) -> Version:
     return Version(
         digest=version_digest(weights, folder),
         weights_digest=weights,
-        num_bytes=artifact.num_bytes,
+        num_bytes=artifact.num_bytes_served,
         min_rank=min(ranks),
         max_rank=max(ranks),
         added=added,

@@ -28,7 +28,7 @@ class Version(NamedTuple):
     Args:
         digest: version digest, 64 hexadecimal digits: the name of its folder.
         weights_digest: identity of what it computes; two versions may share it.
-        num_bytes: bytes of its tensors.
+        num_bytes: bytes of its tensors where it is served, which is in one dtype.
         min_rank, max_rank: over its modules.
         added: seconds since the epoch, UTC.
     """

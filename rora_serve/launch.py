@@ -34,7 +34,7 @@ from rora_serve.admission import Admission
 from rora_serve.catalog import Catalog
 from rora_serve.chat_templates import TemplateProcess
 from rora_serve.config import ServeConfig
-from rora_serve.engine.forking import can_fork, fork_server
+from rora_serve.engine.forking import FEW_CORES, can_fork, fork_server
 from rora_serve.engine.handover import SOCKET_VARIABLE
 from rora_serve.engine.platform_plugin import SEAM_FLAG, SLEEP_FLAG
 from rora_serve.intake import Intake
@@ -65,7 +65,6 @@ _KERNEL_SOURCES = (
     "slots",
     "tiles",
 )
-_FEW_CORES = 2  # of which none is kept free
 _SHARED_MEMORY_BYTES = 400 * 1024**2
 
 
@@ -212,9 +211,9 @@ def _set_environment() -> None:
         # every barrier, and bound to the first ones they would meet those of other containers.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("OMP_NUM_THREADS", str(quota))
-    elif 0 < len(cores) <= _FEW_CORES:
+    elif 0 < len(cores) <= FEW_CORES:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
-    if 0 < min(len(cores), quota or len(cores)) <= _FEW_CORES:
+    if 0 < min(len(cores), quota or len(cores)) <= FEW_CORES:
         os.environ[SLEEP_FLAG] = "1"
         # OpenMP's threads look for the next loop for milliseconds before they sleep, and between
         # steps every core is wanted by the engine's and the server's process. This many looks are

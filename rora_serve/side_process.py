@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import connection
 from typing import TypeVar, TypeVarTuple
 
@@ -74,6 +75,12 @@ class SideProcess:
 def _new_processes(niceness: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(niceness,))
+
+
+def leave_computing_cores() -> None:
+    """Let the calling thread of vLLM's worker, whose cores compute, run on any other."""
+    with suppress(OSError, AttributeError):
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
 
 
 def follow_parent() -> None:

@@ -26,7 +26,7 @@ from rora_serve.engine.instructions import (
     record_of,
     this_thread,
 )
-from rora_serve.engine.large_outputs import LARGE_BYTES, LargeOutputs
+from rora_serve.engine.large_outputs import LargeOutputs
 from rora_serve.engine.threads import Threads
 
 
@@ -110,8 +110,7 @@ class Activation:
         row_stride, stride = x.stride()
         if both % (2 * LANES) or stride != 1:
             return None
-        is_large = 2 * num_rows * both >= LARGE_BYTES
-        y = (self._large_outputs.new if is_large else x.new_empty)(num_rows, both // 2)
+        y = self._large_outputs.new(x, num_rows, both // 2)
         job = self._job
         job.x, job.x_stride, job.y = x.data_ptr(), 4 * row_stride, y.data_ptr()
         job.num_rows, job.width = num_rows, both // 2

@@ -30,7 +30,7 @@ _PRELOADED = "rora_serve.engine.preloaded"
 # What OpenMP's library reads once, when it is loaded, and vLLM may set for its worker alone.
 _OPENMP = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_")
 
-_MOST_CORES = 2
+FEW_CORES = 2  # of which none is kept free
 
 _THREAD_NUM = ctypes.CFUNCTYPE(ctypes.c_int)
 _ON_THREAD = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -43,9 +43,9 @@ def can_fork(environment: Mapping[str, str], vllm_options: list[str]) -> bool:
     than two cores: where a loop takes fewer threads than there are, OpenMP ends the others and
     later makes new ones, which it binds only if it knew of cores when it was loaded.
     """
-    if len(os.sched_getaffinity(0)) > _MOST_CORES:
-        return False
     if sys.platform != "linux" or not _is_cpu_package():
+        return False
+    if len(os.sched_getaffinity(0)) > FEW_CORES:
         return False
     preloaded, library = environment.get("LD_PRELOAD"), _libgomp()
     if preloaded and (library is None or Path(preloaded).resolve() != library.resolve()):

@@ -26,15 +26,15 @@ import socketserver
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from adapters import open_artifact
 from adapters.errors import EngineSeamError
 from rora_serve.engine.loading import lay_out
-from rora_serve.engine.slots import Element, Pages, Site, Slot
-from rora_serve.side_process import LOADING_NICENESS, NICENESS
+from rora_serve.engine.pages import Pages
+from rora_serve.engine.slots import Element, Site, Slot
+from rora_serve.side_process import LOADING_NICENESS, NICENESS, leave_computing_cores
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,7 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
     server = Server(str(path), Handler)
 
     def serve() -> None:
-        # The worker's threads are bound to the cores that compute; this one takes any other.
-        with suppress(OSError, AttributeError):
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+        leave_computing_cores()
         server.serve_forever()
 
     threading.Thread(target=serve, name="receive-slots", daemon=True).start()

@@ -6,7 +6,6 @@ vLLM writes zeros to all of it when it makes the cache, and waits. In a virtual 
 
 import ctypes
 import mmap
-import os
 import threading
 from contextlib import suppress
 from typing import Any
@@ -14,12 +13,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from rora_serve.engine.pages import HUGE_PAGE, LIBC
 from rora_serve.memory import available_memory
+from rora_serve.side_process import leave_computing_cores
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MADV_POPULATE_WRITE = 23  # finds pages and leaves their content as it is; Linux 5.14
-_HUGE_PAGE = 2 * 1024**2
 # Times as much as the cache has to be free, so that vLLM, which looks for room beside what was
 # found by then, sees enough.
 _MARGIN = 3
@@ -76,19 +74,17 @@ class KvMemory(TorchFunctionMode):
         By writing to it as long as it is nobody's: that way nobody else in the process has to wait
         to map memory, as whoever loads a model does all the time.
         """
-        # Who loads the model is bound to the first of the cores that compute.
-        with suppress(OSError, AttributeError):
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+        leave_computing_cores()
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        for at in range(start, start + self._num_bytes, _HUGE_PAGE):
-            size = min(_HUGE_PAGE, start + self._num_bytes - at)
+        for at in range(start, start + self._num_bytes, HUGE_PAGE):
+            size = min(HUGE_PAGE, start + self._num_bytes - at)
             with self._finding:
                 if self._is_given_up:
                     return
                 if not self._is_used:
                     ctypes.memset(at, 0, size)
                     continue
-            if _LIBC.madvise(at, size, _MADV_POPULATE_WRITE):
+            if LIBC.madvise(at, size, _MADV_POPULATE_WRITE):
                 return  # an old system; they are found when they are written to
 
 

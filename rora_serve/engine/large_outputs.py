@@ -7,15 +7,14 @@ next one does not fit into.
 """
 
 import ctypes
-import math
 import weakref
 
 import torch
 from torch import Tensor
 
-from rora_serve.engine.slots import new_memory
+from rora_serve.engine.pages import new_memory
 
-LARGE_BYTES = 32 << 20  # from here on C's allocator keeps nothing
+_LARGE_BYTES = 32 << 20  # from here on C's allocator keeps nothing
 # More is for what hardly ever comes, as are the logits of a long prompt's every token.
 _MOST_KEPT = 256 << 20
 
@@ -29,19 +28,22 @@ class LargeOutputs:
     def __init__(self) -> None:
         self._kept: memoryview | None = None
 
-    def new(self, *shape: int) -> Tensor:
-        """Return a float32 tensor of any numbers. Its memory comes back when nothing refers to it.
+    def new(self, x: Tensor, num_rows: int, width: int) -> Tensor:
+        """Return [num_rows, width], of any numbers, for what a layer makes of x, float32.
 
-        Raises: OSError: the system has no more memory.
+        Large memory comes back when nothing refers to the tensor.
+        Raises: OSError: the system has no more of it.
         """
-        count = math.prod(shape)
+        count = num_rows * width
+        if 4 * count < _LARGE_BYTES:
+            return x.new_empty(num_rows, width)
         memory, self._kept = self._kept, None
         if memory is None or len(memory) < 4 * count:
             memory = new_memory(4 * count)
         # What tensors keep for as long as they, or others on their memory, live.
         lent = (ctypes.c_char * len(memory)).from_buffer(memory)
         weakref.finalize(lent, self._take_back, memory).atexit = False
-        return torch.frombuffer(lent, dtype=torch.float32, count=count).view(shape)
+        return torch.frombuffer(lent, dtype=torch.float32, count=count).view(num_rows, width)
 
     def _take_back(self, memory: memoryview) -> None:
         if len(self._kept or b"") < len(memory) <= _MOST_KEPT:

@@ -7,7 +7,8 @@ import numpy as np
 
 from adapters import AdapterArtifact, open_artifact
 from adapters.digest import read_verified
-from rora_serve.engine.slots import Element, Site, Slot, SlotLayout, new_memory
+from rora_serve.engine.pages import new_memory
+from rora_serve.engine.slots import Element, Site, Slot, SlotLayout
 
 
 def lay_out(

@@ -33,7 +33,7 @@ from rora_serve.engine.instructions import (
     take,
     this_thread,
 )
-from rora_serve.engine.large_outputs import LARGE_BYTES, LargeOutputs
+from rora_serve.engine.large_outputs import LargeOutputs
 from rora_serve.engine.threads import Threads
 from rora_serve.engine.tiles import new_multiply_tile
 
@@ -224,9 +224,7 @@ class Product:
             self.pack()
         if bias is not None or self._has_bias:
             self._set_bias(bias)
-        is_large = 4 * num_rows * self._width >= LARGE_BYTES
-        make = _large_outputs.new if is_large else x.new_empty
-        y = make(num_rows, self._width)
+        y = _large_outputs.new(x, num_rows, self._width)
         job = self._job
         job.x, job.x_stride, job.num_rows = x.data_ptr(), 4 * row_stride, num_rows
         job.y = y.data_ptr()

@@ -12,10 +12,6 @@ A slot is the host's copy of an adapter and the only one: what the loader laid o
 read. Nothing is padded to another rank, and numbers stay in the dtype in which they were stored.
 """
 
-import ctypes
-import mmap
-import os
-import weakref
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from itertools import groupby
@@ -25,25 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters import LoraModule
-from adapters.artifact import Kind
+from adapters.artifact import Kind, served_dtype
 from adapters.errors import AdapterMismatchError
 from adapters.header import TensorInfo
 from adapters.limits import MAX_LORA_RANK
 from adapters.tensors import NUMPY_DTYPES, Array
+from rora_serve.engine.pages import new_memory
 
 PANEL = 64  # columns of Bᵀ that layers add up at a time, and therefore lie together
 _ALIGNMENT = 64  # bytes of a cache line
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.mmap.argtypes = [
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-]  # fmt: skip
-_LIBC.mmap.restype = ctypes.c_void_p
-_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_MAP_FAILED = ctypes.c_void_p(-1).value
-_MADV_HUGEPAGE = 14
-_HUGE_PAGE = 2 * 1024 * 1024
-
 _SHOWN_MISMATCHES = 5
 
 
@@ -97,9 +83,7 @@ class SlotLayout:
         num_parts: int,
     ) -> None:
         placed = _placed(modules, sites)
-        dtypes = {t.dtype for m in modules.values() for t in (m.lora_a, m.lora_b)}
-        # Float32 holds the numbers of both others exactly.
-        self.element = Element[dtypes.pop()] if len(dtypes) == 1 else Element.F32
+        self.element = Element[served_dtype(modules.values())]
         self.offsets = np.zeros(num_layers, np.int64)
         self.ranks = np.zeros((num_layers, num_parts), np.int64)
         self.scalings = np.zeros((num_layers, num_parts), np.float32)
@@ -190,75 +174,6 @@ def empty_slot(num_layers: int, num_parts: int) -> Slot:
     return Slot(memory, element=layout.element, num_layers=num_layers, num_parts=num_parts)
 
 
-def new_memory(num_bytes: int) -> memoryview:
-    """Return memory for a slot, which goes back to the system when nothing refers to it."""
-    return Pages(num_bytes).hold(num_bytes)
-
-
-class Pages:
-    """Memory straight from the system, for a slot of at most `num_bytes`.
-
-    Whole pieces of 2 MiB are asked for as one page each: with pages of 4 KiB a processor looks up
-    an address for every 64 cache lines, and factors are read a fifth slower. What is left over is
-    in small pages, so that nothing is rounded up.
-    """
-
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
-        size = max(num_bytes, 1)
-        span = size + _HUGE_PAGE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        address = _LIBC.mmap(None, span, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-        if address == _MAP_FAILED:
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error))
-        # Not the allocator's memory, which keeps what was freed; and nothing mapped beyond its
-        # ends, where a last piece could grow to a whole page.
-        self._start = _aligned(address, _HUGE_PAGE)
-        if self._start > address:
-            _LIBC.munmap(address, self._start - address)
-        self._end = address + span
-        self._cut(size)
-        whole = size // _HUGE_PAGE * _HUGE_PAGE
-        if whole:
-            _LIBC.madvise(self._start, whole, _MADV_HUGEPAGE)  # a wish; small pages do as well
-        self._free = _unmapped_with(self, self._start, self._end)
-
-    def touch(self) -> Iterator[None]:
-        """Let the system find the pages now, some more with each step. Other Python runs meanwhile.
-
-        Not by one call for all (MADV_POPULATE_WRITE): until it returned, nobody else in the process
-        could map or unmap anything.
-        """
-        for at in range(0, self.num_bytes, _HUGE_PAGE):
-            ctypes.memset(self._start + at, 0, min(_HUGE_PAGE, self.num_bytes - at))
-            yield
-
-    def hold(self, num_bytes: int) -> memoryview:
-        """Return its first bytes, and give the rest back; of no use afterwards."""
-        self._free.detach()
-        self._cut(max(num_bytes, 1))
-        content = (ctypes.c_ubyte * num_bytes).from_address(self._start)
-        _unmapped_with(content, self._start, self._end)
-        return memoryview(content).cast("B")
-
-    def _cut(self, size: int) -> None:
-        end = _aligned(self._start + size, mmap.PAGESIZE)
-        if end < self._end:
-            _LIBC.munmap(end, self._end - end)
-            self._end = end
-
-
-def _unmapped_with(holder: object, start: int, end: int) -> "weakref.finalize[..., object]":
-    """Give memory back when nothing refers to its holder, but not at the end of the process.
-
-    Threads may be in the middle of it then, and the system takes it anyway.
-    """
-    free: weakref.finalize[..., object] = weakref.finalize(holder, _LIBC.munmap, start, end - start)
-    free.atexit = False
-    return free
-
-
 def _copy_in_panels(b: Array, piece: Array) -> None:
     """Write B, [out_features, rank], as panels of Bᵀ."""
     out_features, rank = b.shape
@@ -311,5 +226,5 @@ def _plain(factor: Array) -> Array:
     return factor.view(np.uint16) if factor.dtype.itemsize == 2 else factor
 
 
-def _aligned(offset: int, alignment: int = _ALIGNMENT) -> int:
-    return -(-offset // alignment) * alignment
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT

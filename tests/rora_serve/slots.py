@@ -8,7 +8,8 @@ from adapters import LoraModule
 from adapters.artifact import Kind
 from adapters.header import TensorInfo
 from adapters.tensors import NUMPY_DTYPES, Array
-from rora_serve.engine.slots import Site, Slot, SlotLayout, new_memory
+from rora_serve.engine.pages import new_memory
+from rora_serve.engine.slots import Site, Slot, SlotLayout
 
 _NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 

@@ -1,6 +1,5 @@
 """vLLM's processes as forks: what they have of their parents, and that they end with them."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -205,7 +204,6 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_new_processes_are_what_python_starts_elsewhere() -> None:
-    """Our own helpers are not forked: they begin small."""
-    assert multiprocessing.get_context("spawn").get_start_method() == "spawn"
+def test_forks_go_by_the_name_of_what_vllm_takes_for_new_processes() -> None:
+    """It asks whether they are forks of its own process, which these are not."""
     assert ForkingContext().get_start_method() == "forkserver"

@@ -23,7 +23,8 @@ from adapters.tensors import Array
 from rora_serve.engine import handover
 from rora_serve.engine.handover import Draft, copied, hand_over, receive_slots
 from rora_serve.engine.loading import lay_out, read_slot
-from rora_serve.engine.slots import Element, Pages, Site, Slot, new_memory
+from rora_serve.engine.pages import Pages, new_memory
+from rora_serve.engine.slots import Element, Site, Slot
 from rora_serve.loader import Loader
 from rora_serve.side_process import LOADING_NICENESS
 
@@ -120,6 +121,10 @@ def test_factors_of_several_dtypes_are_held_exactly(tmp_path: Path) -> None:
     assert slot.element is Element.F32
     expected = np.concatenate([a.astype("f4").reshape(-1), b.T.reshape(-1)])
     np.testing.assert_array_equal(block(slot, 0, len(expected)), expected)
+    version = AdapterStore(tmp_path / "store").add(tmp_path / "a", name="a").version
+    assert version.num_bytes == expected.nbytes > open_artifact(tmp_path / "a").num_bytes, (
+        "room is made for what the slot takes"
+    )
 
 
 @pytest.mark.parametrize(

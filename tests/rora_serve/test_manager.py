@@ -33,8 +33,10 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = VocabParallelEmbedding(VOCABULARY, HIDDEN)
-        self.plain, self.pooled, self.idle = (ReplicatedLinear(HIDDEN, HIDDEN) for _ in range(3))
-        self.lm_head = ParallelLMHead(VOCABULARY, HIDDEN)
+        self.plain: Any = ReplicatedLinear(HIDDEN, HIDDEN)
+        self.pooled: Any = ReplicatedLinear(HIDDEN, HIDDEN)
+        self.idle = ReplicatedLinear(HIDDEN, HIDDEN)
+        self.lm_head: Any = ParallelLMHead(VOCABULARY, HIDDEN)
         self.logits_processor = LogitsProcessor(VOCABULARY)
         for weight in self.parameters():
             nn.init.normal_(weight)
@@ -45,7 +47,8 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.plain(x)[0]
-        return hidden + self.pooled(hidden.mean(0, keepdim=True))[0]
+        pooled: Tensor = self.pooled(hidden.mean(0, keepdim=True))[0]
+        return hidden + pooled
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.logits_processor(self.lm_head, 2 * hidden)
@@ -119,7 +122,7 @@ def test_logits_are_of_the_rows_that_were_asked_for() -> None:
         manager.publish(key, slot)
         deltas[key] = torch.from_numpy(0.5 * (b @ a).T)
     deltas[0] = torch.zeros(HIDDEN, VOCABULARY)
-    weight = model.lm_head.weight.detach()[:VOCABULARY]
+    weight: Tensor = model.lm_head.weight.detach()[:VOCABULARY]
     tokens = [0, 0, 1, 1, 1, 2, 2]
     samples = [1, 4, 6]  # as many as the part of a prompt below
     hidden = torch.randn(NUM_ROWS, HIDDEN)

@@ -171,7 +171,7 @@ def test_other_weights_stay_vllms() -> None:
 
 
 def test_large_outputs_are_lent_to_one_caller_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "LARGE_BYTES", 4 * 20 * 64)
+    monkeypatch.setattr("rora_serve.engine.large_outputs._LARGE_BYTES", 4 * 20 * 64)
     generator = np.random.default_rng(5)
     weight = random(generator, 50, 24)
     product = new_product(weight)
