@@ -54,7 +54,7 @@ def engine_options(config: ServeConfig, model: Path, base_name: str, given: list
         options["--max-loras"] = str(config.max_num_seqs)
         options["--max-lora-rank"] = str(MAX_LORA_RANK)
         options["--dtype"] = cpu_dtype()
-        free = free_memory(model)
+        free = free_memory(model, dtype=_dtype_of(given))
         options["--kv-cache-memory-bytes"] = str(min(free // 4, _MAX_KV_CACHE_BYTES))
         # What a model can read at most may not fit there, and vLLM would not start.
         options["--max-model-len"] = "auto"
@@ -76,6 +76,17 @@ def engine_options(config: ServeConfig, model: Path, base_name: str, given: list
         for part in (name, value)
     ]
     return [*flags, *listed]
+
+
+def _dtype_of(given: list[str]) -> str | None:
+    """Return the dtype that options for vLLM name, of which nothing else is looked at yet."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--dtype")
+    try:
+        dtype: str | None = parser.parse_known_args(given)[0].dtype
+    except argparse.ArgumentError:  # vLLM's own parser will say what is wrong with it
+        return None
+    return dtype
 
 
 @dataclass(frozen=True)

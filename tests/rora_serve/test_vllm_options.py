@@ -39,6 +39,26 @@ def options(store: AdapterStore, model: Path, **settings: Any) -> dict[str, str 
     }
 
 
+@pytest.mark.parametrize("given", [["--dtype", "float32"], ["--dtype=float32"], []])
+def test_on_cpus_the_cache_takes_what_the_served_dtype_leaves(
+    store: AdapterStore, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    asked = []
+
+    def free_memory(model: Path, *, dtype: str | None = None) -> int:
+        asked.append((model, dtype))
+        return 400_000
+
+    monkeypatch.setattr(vllm_options, "free_memory", free_memory)
+    more = [*given, "--max-model-len", "64", "--seed=-1"]
+    config = ServeConfig(store=store.root)
+    told = vllm_options.engine_options(config, tiny_model, "base", more)
+    assert asked == [(tiny_model, "float32" if given else None)]
+    assert told[told.index("--kv-cache-memory-bytes") + 1] == "100000"
+    assert ("--dtype" in told) is not bool(given), "the user's own comes after ours"
+    vllm_options.engine_options(config, tiny_model, "base", ["--dtype"])  # vLLM refuses it
+
+
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_on_cpus_slots_and_ranks_are_nobodys_business(
     store: AdapterStore, tiny_model: Path, is_compiled: bool
