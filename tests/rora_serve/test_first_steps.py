@@ -46,8 +46,6 @@ def test_one_that_is_not_in_the_steps_that_follow_is_not_waited_for(steps: First
         steps.begin({1})
         steps.end()
     assert first.is_set()
-    steps.begin({7})
-    steps.end()
 
 
 def test_the_last_that_came_in_is_waited_for(steps: FirstSteps) -> None:

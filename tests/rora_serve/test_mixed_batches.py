@@ -84,7 +84,6 @@ def test_any_mix_equals_peft_and_each_request_alone(
     check_mix(server, oracle, [name for name in adapters if name != "pruned"], seed)
 
 
-@pytest.mark.soak
 def test_stock_vllm_fails_the_same_mix(
     stock: Stock, oracle: Oracle, adapters: dict[str, Path]
 ) -> None:
