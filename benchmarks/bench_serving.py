@@ -6,7 +6,7 @@ SmolLM2-135M in float32; adapters of every linear layer with ranks uniform from 
 module (20 MB each in float32); streamed greedy answers over HTTP. Every figure with adapters has
 one of the base model taken just before or after it, in turn, with no other server at work; ratios
 are medians over repeats.
-Answers of 32 requests for up to 32 adapters, of 128 for 128.
+Answers of 32 requests for up to 32 adapters, of 128 for 128; prompts of 16, for up to 16 adapters.
 
 Figures, by number of adapters in flight and popularity:
     decode_vs_base_eager: tokens per second while all answers run, over those of stock vLLM without
@@ -42,7 +42,7 @@ from adapters.base_model import cache_folder, find_model
 from benchmarks.fleet import add_fleet, interleaved, zipf_counts
 from benchmarks.load import Answer, ask_together, decode_rate, latencies, prefill_rate
 from benchmarks.row import spread, write_row
-from rora_serve.engine.slots import new_memory
+from rora_serve.engine.pages import new_memory
 from tests.conftest import LINEAR
 from tests.rora_serve.serving import (
     Server,
@@ -279,7 +279,7 @@ def measure(
         figures = {name.replace("eager", "compiled"): value for name, value in figures.items()}
     rates = {
         "base_tokens_per_s": {
-            "decode": spread([r["base"] for of in decode.values() for r in of if r["rows"] == 32]),
+            "decode": spread([rate["base"] for rate in idle]),
             "prefill": spread([r["base"] for of in prefill.values() for r in of]),
         },
         "stream_gb_per_s": spread([value / 1e9 for value in streams]),
