@@ -35,7 +35,7 @@ from rora_serve.catalog import Catalog
 from rora_serve.chat_templates import TemplateProcess
 from rora_serve.config import ServeConfig
 from rora_serve.engine.forking import FEW_CORES, can_fork, fork_server
-from rora_serve.engine.handover import SOCKET_VARIABLE
+from rora_serve.engine.handover import SOCKET_VARIABLE, refusal_file
 from rora_serve.engine.platform_plugin import SEAM_FLAG, SLEEP_FLAG
 from rora_serve.intake import Intake
 from rora_serve.key_file import KeyFile, kept_secret
@@ -125,6 +125,8 @@ def _launch(config: ServeConfig, model: Path, *, base_name: str, vllm_options: l
     except RoraError:
         raise
     except (RuntimeError, ValueError, OSError, EOFError) as error:  # what vLLM raises as it starts
+        if refusal_file().exists():
+            raise EngineSeamError(refusal_file().read_text()) from error
         first_line = str(error).strip().partition("\n")[0]
         raise EngineSeamError(
             f"the engine did not start ({first_line}); its log above says why"

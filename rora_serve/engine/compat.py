@@ -113,6 +113,19 @@ def replace_lora_manager(model_runner: Any, make_manager: Callable[[nn.Module], 
     model_runner.load_lora_model = load_lora_model
 
 
+def mix_experts_as_without_lora() -> None:
+    """Let mixtures of experts be computed as they are in a server without LoRA.
+
+    Where LoRA is on vLLM takes Triton's kernels for them, which CPUs do not have, and the first
+    step ends the engine. Adapters of experts are refused before they are served.
+    """
+    from vllm.model_executor.layers.fused_moe import layer  # noqa: PLC0415  (for the worker alone)
+
+    module: Any = layer
+    config_type = module.FusedMoEConfig
+    module.FusedMoEConfig = lambda **options: config_type(**options | {"is_lora_enabled": False})
+
+
 _REHEARSED_TOKENS = 7  # of as many requests, or of fewer
 
 

@@ -45,6 +45,11 @@ _REST_SECONDS = 0.5  # at most: who the adapter came in for may be gone, or wait
 _KEPT_BYTES = 64 * 1024**2  # of a draft, or for the next slot; new pages cost more than old ones
 
 
+def refusal_file() -> Path:
+    """Return where the worker writes why it does not serve the base model, beside its socket."""
+    return Path(os.environ[SOCKET_VARIABLE]).with_name("refusal")
+
+
 class SlotHolder(Protocol):
     """What receives slots in the worker."""
 

@@ -11,15 +11,17 @@ import torch
 from vllm.config import CompilationMode
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from adapters.errors import EngineSeamError
 from rora_serve.engine.compat import (
     check_vllm_version,
+    mix_experts_as_without_lora,
     pack_heads,
     rank_tokens_uncompiled,
     rehearse,
     replace_lora_manager,
     replace_products,
 )
-from rora_serve.engine.handover import SOCKET_VARIABLE, receive_slots
+from rora_serve.engine.handover import SOCKET_VARIABLE, receive_slots, refusal_file
 from rora_serve.engine.kv_memory import kv_memory
 from rora_serve.engine.manager import RaggedLoraManager
 from rora_serve.engine.threads import Threads
@@ -32,6 +34,7 @@ class RaggedCpuWorker(CPUWorker):
         """Set up vLLM's worker, then put our manager where it will make its own."""
         check_vllm_version()
         rank_tokens_uncompiled()
+        mix_experts_as_without_lora()
         self._kv_memory = kv_memory(self.cache_config.kv_cache_memory_bytes)
         super().init_device()  # type: ignore[no-untyped-call]
         self._ragged: RaggedLoraManager | None = None
@@ -58,7 +61,11 @@ class RaggedCpuWorker(CPUWorker):
 
     def load_model(self, *arguments: Any, **options: Any) -> None:
         """Load the base model, and copy the weight of its head now, not in the first step."""
-        super().load_model(*arguments, **options)
+        try:
+            super().load_model(*arguments, **options)
+        except EngineSeamError as error:  # which vLLM only logs on its way to the server
+            refusal_file().write_text(str(error))
+            raise
         pack_heads(self.model_runner.model)
 
     def determine_available_memory(self) -> int:

@@ -19,6 +19,7 @@ from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, Sp
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers import utils
+from vllm.model_executor.layers.fused_moe import layer as fused_moe_layer
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -239,6 +240,20 @@ def test_only_models_that_say_so_take_adapters() -> None:
     assert runner.lora_manager == "ours"
     with pytest.raises(EngineSeamError, match="Packed: vLLM does not support adapters of this"):
         runner.load_lora_model(Packed())
+
+
+def test_experts_are_mixed_by_the_configuration_that_we_replace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = "is_lora_enabled=vllm_config.lora_config is not None"
+    source = inspect.getsource(fused_moe_layer)
+    assert source.count("FusedMoEConfig(\n") == source.count(made) == 1
+    monkeypatch.setattr(fused_moe_layer, "FusedMoEConfig", dict)
+    compat.mix_experts_as_without_lora()
+    module: Any = fused_moe_layer
+    assert module.FusedMoEConfig(num_experts=3, is_lora_enabled=True) == {
+        "num_experts": 3, "is_lora_enabled": False,
+    }  # fmt: skip
 
 
 def test_a_dummy_run_selects_dummy_adapters_that_the_manager_was_given() -> None:
