@@ -4,6 +4,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from adapters import AdapterStore
 from adapters.errors import ConfigError
@@ -155,6 +156,12 @@ def parse_options(own: list[str], given: list[str]) -> argparse.Namespace:
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="rora-serve [..] --"))
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"after `--`: {message}")
+
+    # Python's own prints 300 lines of vLLM's usage first.
+    parser.error = refuse  # type: ignore[method-assign]
     ours: argparse.Namespace = parser.parse_args(own)
     arguments: argparse.Namespace = parser.parse_args(own + given)
     for name in _OWN_OPTIONS:

@@ -149,6 +149,23 @@ def test_what_our_layers_do_not_serve_is_refused_in_words(
         vllm_options.parse_options(["--model", str(tiny_model)], given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--dtype", "float33"], "after `--`: argument --dtype: invalid choice: 'float33'"),
+        (["--dtype"], "after `--`: argument --dtype: expected one argument"),
+        (["--no-such-option"], "after `--`: unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_what_vllm_does_not_understand_is_refused_in_one_line(
+    tiny_model: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        vllm_options.parse_options(["--model", str(tiny_model)], given)
+    assert "\n" not in str(caught.value)
+    assert "usage" not in capsys.readouterr().err
+
+
 def test_logits_in_the_place_of_log_probs_are_refused(tiny_model: Path) -> None:
     """No probe could be compared with them; log-probs in another way can."""
     own = ["--model", str(tiny_model)]
