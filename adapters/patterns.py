@@ -166,7 +166,7 @@ def match_modules(
     Returns: the values by module; and the keys that match no module, if there is any.
     Raises: ArtifactError: it would take more than 100 million steps.
     """
-    if not modules:
+    if not modules or not pattern:
         return {}, []
     table = PatternTable(pattern)
     check_steps(name, table.steps(modules))
