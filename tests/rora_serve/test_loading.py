@@ -19,6 +19,7 @@ import pytest
 from adapters import AdapterConfig, AdapterStore, ResolvedVersion, open_artifact, write_artifact
 from adapters.digest import weights_digest
 from adapters.errors import AdapterMismatchError, ArtifactError, EngineSeamError, StoreError
+from adapters.limits import MIB
 from adapters.tensors import Array
 from rora_serve.engine import handover
 from rora_serve.engine.handover import Draft, copied, hand_over, receive_slots
@@ -238,6 +239,52 @@ def test_memory_that_was_found_before_gives_back_what_a_slot_does_not_need() -> 
     assert numbers.all(), "it is the slot's by now"
     del numbers
     assert psutil.Process().memory_info().rss - before < 1024**2
+
+
+def test_memory_is_found_for_several_slots_and_lent_to_one_each() -> None:
+    spare = handover._Spare()
+    spare.take(3 * MIB)
+    spare.renew()
+    found = list(spare._found)
+    assert [pages.num_bytes for pages in found] == [3 * MIB] * 4
+    begins = {pages._start for pages in found}
+    taken = [spare.take(num_bytes) for num_bytes in (3 * MIB, 1 * MIB, 2 * MIB)]
+    addresses = {np.frombuffer(memory, np.uint8).ctypes.data for memory in taken}
+    assert len(addresses) == 3
+    assert addresses <= begins
+    assert [len(memory) for memory in taken] == [3 * MIB, 1 * MIB, 2 * MIB]
+    for number, memory in enumerate(taken):
+        memory[:] = bytes([number]) * len(memory)
+    assert [memory[-1] for memory in taken] == [0, 1, 2]
+    assert len(spare.take(20 * MIB)) == 20 * MIB, "more than was foreseen"
+    assert not spare._found, "what is too small now goes back"
+    spare.renew()
+    assert [pages.num_bytes for pages in spare._found] == [20 * MIB] * 3, "64 MiB at most"
+    spare.take(100 * MIB)
+    spare.renew()
+    assert [pages.num_bytes for pages in spare._found] == [64 * MIB], "of large ones a part"
+
+
+def test_memory_is_not_looked_for_beside_a_load_that_has_some() -> None:
+    spare = handover._Spare()
+    spare.take(8 * MIB)
+    with spare.expected():
+        thread = threading.Thread(target=spare.renew)
+        thread.start()
+        _wait_until(lambda: len(spare._found) == 1)
+        time.sleep(0.2)
+        assert len(spare._found) == 1, "what this load needs, and no more"
+        assert len(spare.take(8 * MIB)) == 8 * MIB
+    thread.join(60)
+    assert not thread.is_alive()
+    assert len(spare._found) == 4
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_one_slot_after_the_other_is_handed_over_whatever_their_sizes(tmp_path: Path) -> None:
