@@ -316,8 +316,7 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
     templates = TemplateProcess()
     try:
         async with build_async_engine_client(arguments) as engine:
-            if loader is not None:
-                await _confirm_engine_seam(engine)
+            decoding = "" if loader is None else await _confirm_engine_seam(engine)
             drop_lora_info(engine)
             observe(engine)
             log_to(sys.stderr)
@@ -332,7 +331,7 @@ async def _serve(arguments: argparse.Namespace, parts: _Parts) -> bool:
             preloader = _open_door(app, engine, loader, process, templates, parts, lifetime)
             print(
                 f"rora-serve: {parts.base.names[0]} and {len(parts.store.names())} adapters of "
-                f"{parts.store.root} at {address}",
+                f"{parts.store.root} at {address}{decoding}",
                 file=sys.stderr,
             )
             lifetime.watch(_end_after_death, within=_DEATH_SECONDS)
@@ -511,8 +510,10 @@ class _Adapters:
         await self._engine.remove_lora(lora_int_id)
 
 
-async def _confirm_engine_seam(engine: "EngineClient") -> None:
+async def _confirm_engine_seam(engine: "EngineClient") -> str:
     """Ask every worker whether our layers are in place, before the port answers.
+
+    Returns: how steps of decoding are made, to be read behind the address.
 
     vLLM only logs a platform plug-in that fails, and then serves with its own layers, which on CPUs
     corrupt base requests beside adapters.
@@ -527,3 +528,5 @@ async def _confirm_engine_seam(engine: "EngineClient") -> None:
         ) from error
     if not all(answer["active"] and answer["num_layers"] for answer in answers):
         raise EngineSeamError(f"the engine's adapter layers are not in place: {answers}")
+    are_replayed = all(answer["replays_decoding"] for answer in answers)
+    return ", decoding by whole steps" if are_replayed else ", decoding layer by layer"

@@ -27,7 +27,7 @@ from rora_serve.engine.instructions import (
     this_thread,
 )
 from rora_serve.engine.large_outputs import LargeOutputs
-from rora_serve.engine.threads import Threads
+from rora_serve.engine.threads import Threads, declare
 
 
 class Job(ctypes.Structure):
@@ -85,6 +85,9 @@ def _run(at: Any) -> None:
         y = job.y + 4 * LANES * vector
         _activate(x, x + 4 * job.width, y, count * LANES)
         vector += count
+
+
+declare(_run.address, Job)
 
 
 class Activation:

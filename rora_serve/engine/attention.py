@@ -40,7 +40,7 @@ from rora_serve.engine.instructions import (
     write_int,
     write_number,
 )
-from rora_serve.engine.threads import Threads
+from rora_serve.engine.threads import Threads, declare
 from rora_serve.engine.tiles import new_multiply_tile
 
 # A tile's sums leave registers for a row of keys or values and a number of the other side: 24 of 32
@@ -97,6 +97,11 @@ class Job(ctypes.Structure):
     )  # fmt: skip
 
 
+# What is the same for all layers of a step, if their heads are alike.
+STEP_FIELDS = (
+    "slots", "num_seqs", "lengths", "table", "table_stride", "first_blocks", "partial", "scores",
+    "scores_bytes", "zeros", "taken", "thread_num", "num_threads", "barrier",
+)  # fmt: skip
 _JOB = record_of(Job)
 
 _FLOAT32 = np.float32(0)  # tells compiled functions what lies at an address
@@ -306,6 +311,9 @@ def _run(at: Any) -> None:
     for row in range(num_rows * thread // num_threads, num_rows * (thread + 1) // num_threads):
         heads = job.num_kv_heads * job.group
         _put_together(job, row // heads, row % heads)
+
+
+declare(_run.address, Job)
 
 
 class Workspace:

@@ -135,6 +135,18 @@ def rehearse(model_runner: Any) -> None:
     model_runner._dummy_run(num_tokens, num_active_loras=1)
 
 
+def rehearse_decoding(model_runner: Any) -> None:
+    """Do the same as a step of decoding, of which layers are told as of a real one."""
+    num_seqs = min(_REHEARSED_TOKENS, model_runner.max_num_reqs, model_runner.max_num_tokens)
+    model_runner._dummy_run(num_seqs, num_active_loras=1, uniform_decode=True, force_attention=True)
+
+
+def metadata_builders(model_runner: Any) -> list[Any]:
+    """Return what tells the model's layers of attention about a step; one, if it tells all."""
+    groups = [group for of_cache in model_runner.attn_groups for group in of_cache]
+    return [group.get_metadata_builder() for group in groups]
+
+
 _VLLMS_DISPATCH: Any = utils.dispatch_cpu_unquantized_gemm
 
 

@@ -25,12 +25,13 @@ class DecodeStep:
         slots: [num_seqs] int64, where the new tokens go, below 0 for nowhere.
         block_size: tokens of a block.
 
-    `is_apart` tells whether no sequence reads what is put into the cache for another one, as
-    nothing keeps that in order here.
+    `num_seqs` and `num_blocks` are counts of all; `is_apart` tells whether no sequence reads what
+    is put into the cache for another one, as nothing keeps that in order here.
     """
 
     def __init__(self, lengths: Tensor, table: Tensor, slots: Tensor, block_size: int) -> None:
         counts = -(-lengths.numpy() // block_size)
+        self.num_seqs = len(lengths)
         self.block_size = block_size
         self.num_blocks = int(counts.sum())
         self.is_apart = _is_apart(counts, table, slots, block_size)
@@ -57,7 +58,8 @@ def _is_apart(counts: NDArray[np.int32], table: Tensor, slots: Tensor, block_siz
     vLLM's cache of prefixes offers a block from the step on that fills it.
     """
     places = slots.numpy()
-    filled = places[places % block_size == block_size - 1] // block_size
+    is_last = (places >= 0) & (places % block_size == block_size - 1)
+    filled = places[is_last] // block_size
     if not len(filled):
         return True
     blocks = table.numpy()[:, : counts.max()]
@@ -68,6 +70,12 @@ def _is_apart(counts: NDArray[np.int32], table: Tensor, slots: Tensor, block_siz
 @functools.cache
 def _workspace(num_threads: int) -> Workspace:
     return Workspace(Threads(num_threads))
+
+
+def lend(job: Job, step: DecodeStep) -> None:
+    """Point a job that has a layer's shape at a step, and at memory to work in; see DecodeLayer."""
+    step.fill(job)
+    _workspace(torch.get_num_threads()).lend(job, step.num_blocks)
 
 
 class DecodeLayer:

@@ -37,7 +37,7 @@ from rora_serve.engine.instructions import (
     write_number,
 )
 from rora_serve.engine.slots import PANEL, Element
-from rora_serve.engine.threads import Threads
+from rora_serve.engine.threads import Threads, declare
 
 # A tile is a few rows of x and y, and as many rows of A or vectors of a row of Bᵀ as leave
 # registers beside the sums: 16 of 32 are sums with AVX-512, else 12 or 8 of 16.
@@ -73,6 +73,7 @@ class Job(ctypes.Structure):
         x, x_stride: address of [num_rows, in_features] and bytes from row to row; of an embedding,
             [num_rows] int64 tokens, of which those outside the vocabulary count as its ends.
         y, y_stride: the same of [num_rows, out_features].
+        layer: its index, by which tables of all layers are told apart; the loop does not look.
         is_embedding: 1 or 0.
         in_features: columns of A; of an embedding, its vocabulary.
         num_parts, columns: of the layer; [num_parts, 2] int64, first column and number of columns.
@@ -88,8 +89,8 @@ class Job(ctypes.Structure):
     """
 
     _fields_ = int64_fields(
-        "x", "x_stride", "y", "y_stride", "is_embedding", "in_features", "num_parts", "columns",
-        "num_groups", "rows", "starts", "blocks", "elements", "ranks", "scalings",
+        "x", "x_stride", "y", "y_stride", "layer", "is_embedding", "in_features", "num_parts",
+        "columns", "num_groups", "rows", "starts", "blocks", "elements", "ranks", "scalings",
         "ranks_stride", "shrunk", "shrunk_stride", "thread_num", "num_threads",
         "barrier",
     )  # fmt: skip
@@ -471,6 +472,7 @@ class Loop:
 
         self._function = run  # its code is freed with it
         self.address: int = run.address
+        declare(self.address, Job)
         self._threads = threads
 
     def new_job(self) -> Job:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rora_serve.engine.pages import new_memory
+from rora_serve.engine.threads import Threads
 
 _LARGE_BYTES = 32 << 20  # from here on C's allocator keeps nothing
 # More is for what hardly ever comes, as are the logits of a long prompt's every token.
@@ -35,7 +36,7 @@ class LargeOutputs:
         Raises: OSError: the system has no more of it.
         """
         count = num_rows * width
-        if 4 * count < _LARGE_BYTES:
+        if 4 * count < _LARGE_BYTES or Threads.are_noted():  # whose memory must not come back
             return x.new_empty(num_rows, width)
         memory, self._kept = self._kept, None
         if memory is None or len(memory) < 4 * count:

@@ -47,6 +47,8 @@ class RaggedLoraManager:
         model: vLLM's base model; each of its layers that an adapter can change gets our part.
         dtype: that it computes in.
         is_compiled: whether it is traced once for all batches.
+
+    `batch` is the rows of the step.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, is_compiled: bool) -> None:
@@ -76,18 +78,18 @@ class RaggedLoraManager:
         ]
         self.num_parts = max((len(base.parts) for base in layers), default=1)
         self._empty_slot = empty_slot(len(layers), self.num_parts)
-        self._batch = RaggedBatch(len(layers))
+        self.batch = RaggedBatch(len(layers))
         self.site = lru_cache(maxsize=_KNOWN_NAMES)(self._find_site)
         hooked, products = [], []
         for index, (base, layer) in enumerate(zip(layers, self._layers, strict=True)):
             if not is_compiled and _is_ours(base.product) and layer.can_follow(base.product):
-                products.append((base.product, DeltasAfterProduct(layer, self._batch)))
+                products.append((base.product, DeltasAfterProduct(layer, self.batch)))
             else:
                 hooked.append((base, self._adding(index, is_head=base.is_head)))
         self._hooks = LayerHooks(hooked, products)
         self._is_compiled = is_compiled
         self._heads = {index for index, base in enumerate(layers) if base.is_head}
-        self._groups_of_logits = self._batch.samples
+        self._groups_of_logits = self.batch.samples
         if self._heads:
             note_logits(model, self._note_logits)
 
@@ -148,7 +150,7 @@ class RaggedLoraManager:
         return self._sites.get(vllm_module_name(module, self._model))
 
     def _adding(self, index: int, *, is_head: bool) -> AddDeltas:
-        batch, layer = self._batch, self._layers[index]
+        batch, layer = self.batch, self._layers[index]
 
         def add_deltas(x: Tensor, y: Tensor) -> None:
             layer.add_deltas(x, y, batch.tokens)
@@ -166,7 +168,7 @@ class RaggedLoraManager:
         vLLM takes the former out of the step's rows, into a tensor of their own, and the latter as
         a view of some of them.
         """
-        batch = self._batch
+        batch = self.batch
         if not any(batch.tokens.is_touched[index] for index in self._heads):
             return
         num_rows = hidden.shape[0]
@@ -196,9 +198,9 @@ class RaggedLoraManager:
             key = request.lora_int_id
             if key not in self._slots:
                 self._read_now(request)
-        self._batch.set_rows(mapping.index_mapping, mapping.prompt_mapping, self._slots)
+        self.batch.set_rows(mapping.index_mapping, mapping.prompt_mapping, self._slots)
         if not self._is_compiled:  # steps of the base alone go without our part
-            self._hooks.switch(on=self._batch.tokens.tables is not None)
+            self._hooks.switch(on=self.batch.tokens.tables is not None)
 
     def _read_now(self, request: LoRARequest) -> None:
         """Read an adapter that a step needs and nobody holds, which leases are there to prevent.
@@ -232,8 +234,8 @@ class RaggedLoraManager:
 
     def _forget_step(self) -> None:
         """Forget the last step's rows, which keep slots in memory."""
-        self._batch.clear()
-        self._groups_of_logits = self._batch.samples
+        self.batch.clear()
+        self._groups_of_logits = self.batch.samples
 
     def list_adapters(self) -> set[int]:
         """Return the ids of what is loaded."""

@@ -34,7 +34,7 @@ from rora_serve.engine.instructions import (
     this_thread,
 )
 from rora_serve.engine.large_outputs import LargeOutputs
-from rora_serve.engine.threads import Threads
+from rora_serve.engine.threads import Threads, declare
 from rora_serve.engine.tiles import new_multiply_tile
 
 # A tile's sums leave registers for a row of the panel and a number of x: 24 of 32 with AVX-512,
@@ -126,6 +126,9 @@ def _run(at: Any) -> None:
         call_with(job.after, job.after_job)
 
 
+declare(_run.address, Job)
+
+
 class Addition(Protocol):
     """What is added to a product on the same threads, before its caller has it."""
 
@@ -162,7 +165,7 @@ class Product:
         self._width = num_panels * _COLUMNS
         # While a model is loaded, torch's default is the model's dtype.
         self._start = torch.zeros(self._width, dtype=torch.float32, device="cpu")
-        self._has_bias = False
+        self._bias: Tensor | None = None
         self._taken = np.zeros((threads.count, CACHE_LINE // 8), np.int64)
         self._job = Job(
             y_stride=4 * self._width,
@@ -222,7 +225,9 @@ class Product:
             row_stride = in_features
         if self._weight is not None:
             self.pack()
-        if bias is not None or self._has_bias:
+        # It may have been written to since the last time; while a step is recorded nothing is done.
+        is_set = bias is self._bias and (bias is None or Threads.are_noted())
+        if not is_set:
             self._set_bias(bias)
         y = _large_outputs.new(x, num_rows, self._width)
         job = self._job
@@ -238,9 +243,9 @@ class Product:
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
     def _set_bias(self, bias: Tensor | None) -> None:
-        self._has_bias = bias is not None
         if bias is None:
             self._start.zero_()
+            self._bias = None
             return
         if bias.dtype != torch.float32 or bias.shape != (self.out_features,):
             raise ValueError(
@@ -248,6 +253,7 @@ class Product:
                 "is expected"
             )
         self._start[: self.out_features].copy_(bias.detach())
+        self._bias = bias
 
 
 def new_product(weight: Tensor, threads: Threads) -> Product | None:

@@ -1,7 +1,7 @@
 """RaggedBatch: the rows of one engine step, grouped by adapter once for all layers."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,20 @@ class RowTables:
             setattr(job, name, value)
         for name, (address, stride) in self._tables.items():
             setattr(job, name, address + layer * stride)
+
+    def fill_all(
+        self, column: Callable[[str], NDArray[np.int64]], layers: NDArray[np.int64]
+    ) -> None:
+        """Do the same for many layers' jobs.
+
+        Args:
+            column: returns a field of all jobs, to be written.
+            layers: [num_jobs], of each.
+        """
+        for name, value in self._fields.items():
+            column(name)[:] = value
+        for name, (address, stride) in self._tables.items():
+            column(name)[:] = address + layers * stride
 
 
 @dataclass(frozen=True)

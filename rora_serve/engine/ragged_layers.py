@@ -58,6 +58,7 @@ class RaggedLayer:
         self.function = loop.address
         self._job = loop.new_job()
         self._job_address = ctypes.addressof(self._job)
+        self._job.layer = index
         self._job.is_embedding = int(kind == "embedding")
         self._job.in_features = in_features
         self._job.num_parts = len(parts)

@@ -8,7 +8,10 @@ libraries of LLVM and Intel offer it too.
 
 import ctypes
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +23,15 @@ _NAMES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_ba
 _ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
+# Which structure lies at the address that a function is called with.
+_job_types: dict[int, type[ctypes.Structure]] = {}
+
+
+def declare(function: int, job_type: type[ctypes.Structure]) -> None:
+    """Note what the function at an address is called with, so that its calls can be recorded."""
+    _job_types[function] = job_type
+
+
 class Threads:
     """Runs C functions of one address on torch's threads.
 
@@ -29,6 +41,8 @@ class Threads:
     `thread_num`, `num_threads` and `barrier` are addresses of OpenMP's functions, for use in the
     functions that run; 0 where they run on one thread and must not call them.
     """
+
+    _note: ClassVar[Callable[[int, int], None] | None] = None
 
     def __init__(self, count: int) -> None:
         self.thread_num = self.num_threads = self.barrier = 0
@@ -51,10 +65,37 @@ class Threads:
 
         OpenMP may give fewer threads than were asked for, never more.
         """
-        if self.count == 1:
+        if Threads._note is not None:
+            Threads._note(function, argument)
+        elif self.count == 1:
             _ALONE(function)(argument)
         else:
             self._parallel(function, argument, self.count, 0)
+
+    @staticmethod
+    @contextmanager
+    def noting(note: Callable[[int, ctypes.Structure], None]) -> Iterator[None]:
+        """Run nothing meanwhile, and let `note` see every function and a copy of its job."""
+
+        def copy_and_note(function: int, argument: int) -> None:
+            note(function, job_at(function, argument))
+
+        Threads._note = copy_and_note
+        try:
+            yield
+        finally:
+            Threads._note = None
+
+    @staticmethod
+    def are_noted() -> bool:
+        """Tell whether nothing runs now, see `noting`."""
+        return Threads._note is not None
+
+
+def job_at(function: int, argument: int) -> ctypes.Structure:
+    """Return a copy of the job at an address that a declared function is called with."""
+    job_type = _job_types[function]
+    return job_type.from_buffer_copy(ctypes.string_at(argument, ctypes.sizeof(job_type)))
 
 
 def _address_for_torch(name: str) -> int:

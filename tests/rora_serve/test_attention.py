@@ -211,6 +211,8 @@ def test_a_block_that_is_filled_up_is_not_read_by_another_sequence_in_that_step(
     case = small_case([65, 64, 70])
     case.table[1, 1] = case.table[1, 0]
     assert case.step().is_apart, "beyond a sequence's end"
+    case.slots[:] = -1
+    assert case.step().is_apart, "nothing is put anywhere"
 
 
 def test_memory_that_another_layer_let_grow_is_lent_anew() -> None:

@@ -5,6 +5,7 @@ import inspect
 import re
 import tempfile
 import time
+from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ import zmq
 from torch import Tensor, nn
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.forward_context import ForwardContext
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.fused_moe import layer as fused_moe_layer
@@ -30,6 +32,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.interfaces import SupportsLoRA
+from vllm.model_executor.models.interfaces_base import VllmModel
 from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
@@ -259,14 +262,31 @@ def test_experts_are_mixed_by_the_configuration_that_we_replace(
 def test_a_dummy_run_selects_dummy_adapters_that_the_manager_was_given() -> None:
     runs = inspect.getsource(GPUModelRunner._dummy_run)
     assert "with self.maybe_dummy_run_with_lora(" in runs
-    assert {"num_tokens", "num_active_loras"} <= set(
+    assert {"num_tokens", "num_active_loras", "uniform_decode", "force_attention"} <= set(
         inspect.signature(GPUModelRunner._dummy_run).parameters
     )
+    assert "sm.fill_(-1)" in runs, "nothing is put into the cache"
     given = inspect.getsource(LoRAModelRunnerMixin.maybe_setup_dummy_loras)
     assert "for lora_id in range(1, num_loras + 1)" in given
     assert "self.lora_manager.add_dummy_lora(lr, rank=lora_warmup_rank)" in given
     selected = inspect.getsource(LoRAModelRunnerMixin.maybe_select_dummy_loras)
     assert "for lora_id in range(1, effective_num_loras + 1)" in selected
+
+
+def test_a_runner_calls_its_model_by_names_and_groups_its_layers_of_attention() -> None:
+    """Which a model's stand-in takes, and by which it is known whose step layers are told of."""
+    calls = inspect.getsource(GPUModelRunner._model_forward)
+    names = ("input_ids", "positions", "intermediate_tensors", "inputs_embeds")
+    assert "return self.model(" in calls
+    assert all(f"{name}={name}" in calls for name in names)
+    assert list(inspect.signature(VllmModel.forward).parameters)[1:3] == ["input_ids", "positions"]
+    assert "embed_input_ids" in vars(VllmModel)
+    made = inspect.getsource(GPUModelRunner.initialize_attn_backend)
+    assert "self.attn_groups.append(create_attn_groups(" in made
+    group = SimpleNamespace(get_metadata_builder=lambda: "a")
+    runner = SimpleNamespace(attn_groups=[[group], [group, group]])
+    assert compat.metadata_builders(runner) == ["a"] * 3
+    assert "attn_metadata" in {field.name for field in fields(ForwardContext)}
 
 
 def test_a_step_is_two_calls_to_the_worker_the_second_only_where_the_first_returns_none() -> None:

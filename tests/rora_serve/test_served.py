@@ -256,6 +256,13 @@ def test_the_engine_normalizes_by_compiled_kernels(server: Server) -> None:
     assert f"rms_norm={norms}, fused_add_rms_norm={norms}" in log
 
 
+def test_steps_of_decoding_are_replayed(server: Server) -> None:
+    """Else they take a tenth longer, and nothing shows it; answers are compared in all tests."""
+    log = server.log.read_text(errors="replace")
+    assert "decoding by whole steps\n" in log
+    assert "not replayed" not in log
+
+
 def test_a_signal_during_the_start_ends_it_at_once(store: AdapterStore, tmp_path: Path) -> None:
     """Whatever the processes are doing by then; none of them is left."""
     log = tmp_path / "log"

@@ -1,0 +1,167 @@
+"""DecodeSteps: a model's steps of decoding, replayed where they can be.
+
+Import this module only in a worker that runs: see rora_serve.engine.replay.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+
+from rora_serve.engine.attention_backend import DecodeMetadata
+from rora_serve.engine.decoding import DecodeStep
+from rora_serve.engine.ragged_batch import RaggedBatch
+from rora_serve.engine.recording import NotRecordableError, record
+from rora_serve.engine.replay import Plan
+from rora_serve.engine.threads import Threads
+
+logger = logging.getLogger(__name__)
+
+_SEQ_TOKENS = 2  # of each, so that scores matter
+# Of the largest number: roundings of operators that a replayed step has in another order.
+_TOLERANCE = 1e-4
+
+
+class DecodeSteps:
+    """Stands in front of a model, and replays the steps that have one new token of each sequence.
+
+    Args:
+        model: vLLM's, whose `forward` is replaced.
+        batch: the rows of steps.
+        max_rows: that a step can have.
+
+    All others are the model's own, and so are all until a rehearsal has recorded a step and shown
+    that replayed ones give what the model gives.
+    """
+
+    def __init__(self, model: nn.Module, batch: RaggedBatch, *, max_rows: int) -> None:
+        self._model: Any = model
+        self._batch = batch
+        self._max_rows = max_rows
+        self._threads = Threads(torch.get_num_threads())
+        self._plan: Plan | None = None
+        self._num_blocks = 0
+        self._forward = self._model.forward
+        self._model.forward = self.forward
+
+    @property
+    def are_replayed(self) -> bool:
+        """Whether there is a plan."""
+        return self._plan is not None
+
+    @contextmanager
+    def rehearsal(self, num_blocks: int) -> Iterator[None]:
+        """Surround a step of decoding that touches every layer, of which a plan is made.
+
+        Args: num_blocks: of the KV cache, in which nothing is kept yet.
+        """
+        self._num_blocks = num_blocks
+        try:
+            yield
+        finally:
+            self._num_blocks = 0
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        """Return hidden states, as the model does; arguments are vLLM's."""
+        step = None
+        if intermediate_tensors is None and not more:
+            metadata = _metadata()
+            step = None if metadata is None else metadata.decode
+            if step is not None and self._num_blocks and positions.dim() == 1:
+                assert metadata is not None, "whose step it is"
+                if inputs_embeds is None:
+                    inputs_embeds = self._model.embed_input_ids(input_ids)
+                self._make_plan(metadata, step, inputs_embeds, positions)
+        plan = self._plan
+        if step is None or plan is None or not _fits(plan, step, positions):
+            return self._forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
+        if inputs_embeds is None:
+            inputs_embeds = self._model.embed_input_ids(input_ids)
+        return plan.run(inputs_embeds, positions, step, self._batch.tokens.tables)
+
+    def _make_plan(
+        self,
+        metadata: DecodeMetadata,
+        step: DecodeStep,
+        hidden: Tensor,
+        positions: Tensor,
+    ) -> None:
+        """Record a step, and keep the plan if it gives what the model gives."""
+        try:
+            if step.num_seqs >= self._num_blocks:
+                raise NotRecordableError(
+                    f"the KV cache has {self._num_blocks} blocks, more than {step.num_seqs} are "
+                    "needed to try it"
+                )
+            self._forward(None, positions, None, hidden)  # whatever is done once is done now
+            shapes = [
+                ((self._max_rows, hidden.shape[1]), hidden.dtype),
+                ((self._max_rows,), torch.int64),
+            ]
+            recording = record(
+                lambda hidden, positions: self._forward(None, positions, None, hidden),
+                shapes,
+                self._threads,
+            )
+            plan = Plan(recording, self._threads)
+            self._try(plan, step.num_seqs, metadata, step.block_size)
+        except NotRecordableError as error:
+            logger.warning("steps of decoding are not replayed: %s", error)
+        except Exception as error:
+            # What other models do with tensors that mean nothing is not known; without a plan they
+            # are served as before.
+            problem = f"{type(error).__name__}: {error}"
+            logger.warning("steps of decoding are not replayed: %s", problem)
+        else:
+            self._plan = plan
+
+    def _try(self, plan: Plan, num_seqs: int, metadata: DecodeMetadata, block_size: int) -> None:
+        """Make a step both ways, of random numbers, each sequence in a block of its own.
+
+        Raises: NotRecordableError: results differ.
+        """
+        generator = torch.Generator().manual_seed(num_seqs)
+        hidden = torch.randn(num_seqs, plan.hidden_size, generator=generator)
+        positions = torch.arange(num_seqs)
+        blocks = torch.arange(1, num_seqs + 1)
+        step = DecodeStep(
+            torch.full((num_seqs,), _SEQ_TOKENS, dtype=torch.int32),
+            blocks.int().view(-1, 1),
+            blocks * block_size + _SEQ_TOKENS - 1,
+            block_size,
+        )
+        found = plan.run(hidden, positions, step, self._batch.tokens.tables).clone()
+        kept, metadata.decode = metadata.decode, step
+        try:
+            expected = self._forward(None, positions, None, hidden)
+        finally:
+            metadata.decode = kept
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        if not difference <= _TOLERANCE:
+            raise NotRecordableError(
+                f"a replayed step of {num_seqs} sequences is off by {difference:.1e}"
+            )
+
+
+def _metadata() -> DecodeMetadata | None:
+    """Return what all layers of a step are told about it; None where they are told otherwise."""
+    by_layer = get_forward_context().attn_metadata
+    if not isinstance(by_layer, dict):
+        return None
+    first = next(iter(by_layer.values()), None)
+    return first if isinstance(first, DecodeMetadata) else None
+
+
+def _fits(plan: Plan, step: DecodeStep, positions: Tensor) -> bool:
+    return positions.dim() == 1 and len(positions) == step.num_seqs <= plan.max_rows

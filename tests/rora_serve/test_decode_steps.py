@@ -1,0 +1,171 @@
+"""A model's steps of decoding are replayed once a rehearsal has shown that they are the model's."""
+
+import importlib
+import logging
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.forward_context import override_forward_context
+
+from tests.rora_serve.test_replay import ATOL, HIDDEN, NUM_BLOCKS, Model, new_step
+
+# As rora_serve.engine.worker does: numba must come after vLLM.
+backend = importlib.import_module("rora_serve.engine.attention_backend")
+decode_steps = importlib.import_module("rora_serve.engine.decode_steps")
+replay = importlib.import_module("rora_serve.engine.replay")
+
+MAX_ROWS, VOCABULARY = 9, 30
+
+
+class Served:
+    """What the worker calls: `forward` by vLLM's names, and how often the layers ran one by one."""
+
+    def __init__(self) -> None:
+        self.layers = Model()
+        self.embeddings = torch.randn(VOCABULARY, HIDDEN)
+        self.num_calls = 0
+        self.metadata: Any = None
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.embeddings[input_ids]
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        assert intermediate_tensors is None
+        self.num_calls += 1
+        hidden = inputs_embeds
+        if hidden is None:
+            assert input_ids is not None
+            hidden = self.embed_input_ids(input_ids)
+        if self.metadata is not None:
+            self.layers.step = self.metadata.decode
+        return self.layers(hidden, positions)
+
+
+def told_of(served: Served, step: Any) -> AbstractContextManager[None]:
+    """Let all layers be told of a step; None: of one that is not decoding's."""
+    names = [field.name for field in fields(backend.DecodeMetadata)]
+    served.metadata = backend.DecodeMetadata(**dict.fromkeys(names) | {"decode": step})
+    return in_context({"first": served.metadata, "second": served.metadata})
+
+
+def in_context(attn_metadata: Any) -> AbstractContextManager[None]:
+    context: Any = SimpleNamespace(attn_metadata=attn_metadata)
+    return override_forward_context(context)
+
+
+def rehearsed(served: Served, *, num_blocks: int = NUM_BLOCKS) -> Any:
+    steps = decode_steps.DecodeSteps(served, served.layers.batch, max_rows=MAX_ROWS)
+    served.layers.batch.set_rows([1] * 3, [1] * 3, {1: served.layers.slot_of_all()})
+    with told_of(served, new_step([1, 1, 1])), steps.rehearsal(num_blocks):
+        served.forward(torch.arange(3), torch.arange(3))
+    served.layers.batch.clear()
+    return steps
+
+
+def test_steps_of_decoding_are_replayed_and_others_are_not() -> None:
+    served = Served()
+    plain = served.forward
+    steps = rehearsed(served)
+    assert steps.are_replayed
+    ids, positions, step = torch.arange(4), torch.arange(4), new_step([3, 20, 1, 1])
+    served.layers.batch.set_rows([0, 7, 7, 0], [0, 7, 7, 0], {7: served.layers.slot(7)})
+
+    def asked(step: Any, **more: Any) -> tuple[Tensor, int]:
+        with told_of(served, step):
+            before = served.num_calls
+            found: Tensor = served.forward(ids, positions, **more)
+            return found, served.num_calls - before
+
+    with told_of(served, step):
+        expected = plain(ids, positions)
+    found, num_calls = asked(step)
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=ATOL)
+    assert num_calls == 0
+    found, num_calls = asked(step, inputs_embeds=served.embed_input_ids(ids))
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=ATOL)
+    assert num_calls == 0
+    assert asked(step, token_type_ids=ids)[1] == 1, "what a recording does not have"
+    served.layers.step, served.metadata, before = step, None, served.num_calls
+    with in_context(None):
+        served.forward(ids, positions)
+    assert served.num_calls == before + 1, "a dummy run"
+    ids = positions = torch.arange(MAX_ROWS + 1)
+    served.layers.batch.clear()
+    assert asked(new_step([2] * (MAX_ROWS + 1)))[1] == 1, "more rows than were recorded"
+
+
+def test_without_a_rehearsal_nothing_is_replayed() -> None:
+    served = Served()
+    steps = decode_steps.DecodeSteps(served, served.layers.batch, max_rows=MAX_ROWS)
+    with told_of(served, new_step([1, 1])):
+        served.forward(torch.arange(2), torch.arange(2))
+    assert served.num_calls == 1
+    assert not steps.are_replayed
+
+
+def why_not(caplog: pytest.LogCaptureFixture, served: Served, **options: int) -> str:
+    with caplog.at_level(logging.WARNING):
+        steps = rehearsed(served, **options)
+    assert not steps.are_replayed
+    with told_of(served, new_step([1, 1])):
+        before = served.num_calls
+        served.forward(torch.arange(2), torch.arange(2))
+        assert served.num_calls == before + 1, "it is served all the same"
+    (message,) = caplog.messages
+    return message.removeprefix("steps of decoding are not replayed: ")
+
+
+def test_a_model_that_does_more_is_served_layer_by_layer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    served = Served()
+    served.layers.extra = lambda hidden: hidden.mul_(0.5)
+    assert why_not(caplog, served) == "there is no compiled function for aten.mul_.Tensor"
+
+
+def test_a_model_that_needs_what_a_recording_has_not_is_served_layer_by_layer(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served()
+    plain = served.forward
+
+    def by_ids(input_ids: Tensor | None, *arguments: Any, **options: Any) -> Any:
+        if input_ids is None:
+            raise TypeError("no tokens")
+        return plain(input_ids, *arguments, **options)
+
+    monkeypatch.setattr(served, "forward", by_ids)
+    assert why_not(caplog, served) == "TypeError: no tokens"
+
+
+def test_a_recording_that_differs_from_the_model_is_thrown_away(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replay.Plan.run
+
+    def run_wrongly(plan: Any, hidden: Tensor, *arguments: Any) -> Tensor:
+        found: Tensor = run(plan, hidden, *arguments)
+        found[-1, -1] += 0.1
+        return found
+
+    monkeypatch.setattr(replay.Plan, "run", run_wrongly)
+    assert why_not(caplog, Served()).startswith("a replayed step of 3 sequences is off by ")
+
+
+def test_a_cache_of_too_few_blocks_is_not_written_beyond(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    message = why_not(caplog, Served(), num_blocks=3)
+    assert message == "the KV cache has 3 blocks, more than 3 are needed to try it"
