@@ -18,6 +18,7 @@ from adapters.reading import parse_json_object, refuse
 
 LENGTH_FIELD_BYTES = 8
 METADATA_KEY = "__metadata__"
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 # All types of the format with whole bytes: base models hold more of them than adapters may.
 DTYPE_BYTES: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
@@ -117,17 +118,13 @@ def _tensor_info(  # noqa: PLR0911  (one return for each rule)
     if len(name) > MAX_NAME_LENGTH or not (name.isprintable() and name):
         message = f"a name of 1 to {MAX_NAME_LENGTH} printable characters is expected"
         return Problem(Code.TENSOR_NAME, name, message)
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         return Problem(Code.TENSOR_ENTRY, name, "dtype, shape and data_offsets are expected")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         message = f"dtype {shown(dtype)} is unknown, one of {', '.join(DTYPE_BYTES)} is expected"
         return Problem(Code.TENSOR_DTYPE, name, message)
-    if (
-        not isinstance(shape, list)
-        or len(shape) > MAX_DIMENSIONS
-        or not all(_is_count(size) for size in shape)
-    ):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
         message = f"shape {shown(shape)}, at most {MAX_DIMENSIONS} sizes are expected"
         return Problem(Code.TENSOR_SHAPE, name, message)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
@@ -163,4 +160,4 @@ def _layout_problems(
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return type(value) is int and 0 <= value < 2**63  # and no bool

@@ -31,6 +31,8 @@ _SHORT = 100  # characters of a pattern that Python compiles at once, whatever t
 _MAX_NAMED = 100  # keys without a match; more of them say nothing new
 _MAX_PROGRAM_BYTES = 64 * 1024  # of one expression, compiled
 
+_NOTHING: Mapping[tuple[int, ...], dict[str, int]] = {}
+
 Value = TypeVar("Value")
 
 
@@ -82,9 +84,8 @@ class PatternTable:
 
     def _matches(self, module: str) -> Iterator[int]:
         for start in _suffix_starts(module):
-            suffix = module[start:]
-            for dots, group in self._plain.get(len(suffix), {}).items():
-                order = group.get(_without(suffix, dots))
+            for dots, group in self._plain.get(len(module) - start, _NOTHING).items():
+                order = group.get(_without(module[start:], dots))
                 if order is not None:
                     yield order
         for order, program in self._regular:
