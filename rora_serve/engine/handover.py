@@ -79,9 +79,8 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
                 slot_file = _receive_file(self.request)
                 if slot_file is None:
                     return
-                with slot_file, turn:
-                    with spare.expected():
-                        first_step = _receive(slot_file, self.rfile, self.wfile, holder, spare)
+                with slot_file, turn, spare.at_rest():
+                    first_step = _receive(slot_file, self.rfile, self.wfile, holder, spare)
                     if first_step is None:
                         return  # the adapter was refused
                     first_step.wait(_REST_SECONDS)
@@ -162,10 +161,10 @@ class _Spare:
         self._touching = threading.Lock()
 
     @contextmanager
-    def expected(self) -> Iterator[None]:
-        """Surround a load, beside which no more memory is looked for than it needs.
+    def at_rest(self) -> Iterator[None]:
+        """Surround a load, and its first step, beside which only what it lacks is looked for.
 
-        A processor that waits for a page of its host's does nothing else: loads took 9 ms longer.
+        A processor that waits for a page of its host's does nothing else.
         """
         self._is_calm.clear()
         try:

@@ -268,7 +268,7 @@ def test_memory_is_found_for_several_slots_and_lent_to_one_each() -> None:
 def test_memory_is_not_looked_for_beside_a_load_that_has_some() -> None:
     spare = handover._Spare()
     spare.take(8 * MIB)
-    with spare.expected():
+    with spare.at_rest():
         thread = threading.Thread(target=spare.renew)
         thread.start()
         _wait_until(lambda: len(spare._found) == 1)
