@@ -62,6 +62,8 @@ _KERNEL_SOURCES = (
     "instructions",
     "kernels",
     "products",
+    "replay",
+    "row_functions",
     "slots",
     "tiles",
 )
@@ -528,5 +530,7 @@ async def _confirm_engine_seam(engine: "EngineClient") -> str:
         ) from error
     if not all(answer["active"] and answer["num_layers"] for answer in answers):
         raise EngineSeamError(f"the engine's adapter layers are not in place: {answers}")
-    are_replayed = all(answer["replays_decoding"] for answer in answers)
-    return ", decoding by whole steps" if are_replayed else ", decoding layer by layer"
+    problems = {answer["why_not_replayed"] for answer in answers} - {""}
+    if problems:
+        return f", decoding layer by layer ({'; '.join(problems)})"
+    return ", decoding by whole steps"

@@ -136,8 +136,13 @@ def rehearse(model_runner: Any) -> None:
 
 
 def rehearse_decoding(model_runner: Any) -> None:
-    """Do the same as a step of decoding, of which layers are told as of a real one."""
-    num_seqs = min(_REHEARSED_TOKENS, model_runner.max_num_reqs, model_runner.max_num_tokens)
+    """Do the same as a step of decoding, of which layers are told as of a real one.
+
+    Each sequence may have a block of the KV cache; the first one is vLLM's.
+    """
+    num_blocks = model_runner.kv_cache_config.num_blocks - 1
+    limits = (model_runner.max_num_reqs, model_runner.max_num_tokens, max(num_blocks, 1))
+    num_seqs = min(_REHEARSED_TOKENS, *limits)
     model_runner._dummy_run(num_seqs, num_active_loras=1, uniform_decode=True, force_attention=True)
 
 

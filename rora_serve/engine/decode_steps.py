@@ -3,7 +3,6 @@
 Import this module only in a worker that runs: see rora_serve.engine.replay.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +17,6 @@ from rora_serve.engine.ragged_batch import RaggedBatch
 from rora_serve.engine.recording import NotRecordableError, record
 from rora_serve.engine.replay import Plan
 from rora_serve.engine.threads import Threads
-
-logger = logging.getLogger(__name__)
 
 _SEQ_TOKENS = 2  # of each, so that scores matter
 # Of the largest number: roundings of operators that a replayed step has in another order.
@@ -44,14 +41,11 @@ class DecodeSteps:
         self._max_rows = max_rows
         self._threads = Threads(torch.get_num_threads())
         self._plan: Plan | None = None
+        # Why steps are not replayed, in words for whoever starts a server; "" where they are.
+        self.problem = "no step of decoding was rehearsed"
         self._num_blocks = 0
         self._forward = self._model.forward
         self._model.forward = self.forward
-
-    @property
-    def are_replayed(self) -> bool:
-        """Whether there is a plan."""
-        return self._plan is not None
 
     @contextmanager
     def rehearsal(self, num_blocks: int) -> Iterator[None]:
@@ -80,9 +74,7 @@ class DecodeSteps:
             step = None if metadata is None else metadata.decode
             if step is not None and self._num_blocks and positions.dim() == 1:
                 assert metadata is not None, "whose step it is"
-                if inputs_embeds is None:
-                    inputs_embeds = self._model.embed_input_ids(input_ids)
-                self._make_plan(metadata, step, inputs_embeds, positions)
+                self._make_plan(metadata, step, input_ids, inputs_embeds, positions)
         plan = self._plan
         if step is None or plan is None or not _fits(plan, step, positions):
             return self._forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
@@ -94,7 +86,8 @@ class DecodeSteps:
         self,
         metadata: DecodeMetadata,
         step: DecodeStep,
-        hidden: Tensor,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
         positions: Tensor,
     ) -> None:
         """Record a step, and keep the plan if it gives what the model gives."""
@@ -104,7 +97,11 @@ class DecodeSteps:
                     f"the KV cache has {self._num_blocks} blocks, more than {step.num_seqs} are "
                     "needed to try it"
                 )
-            self._forward(None, positions, None, hidden)  # whatever is done once is done now
+            hidden = (
+                self._model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            )
+            # Whatever is done once is done now. Sums are written to what layers get.
+            self._forward(None, positions, None, hidden.clone())
             shapes = [
                 ((self._max_rows, hidden.shape[1]), hidden.dtype),
                 ((self._max_rows,), torch.int64),
@@ -115,16 +112,19 @@ class DecodeSteps:
                 self._threads,
             )
             plan = Plan(recording, self._threads)
+            if not plan.has_deltas:
+                raise NotRecordableError("no layer that adapters change was called")
             self._try(plan, step.num_seqs, metadata, step.block_size)
+            self._batch.clear()  # fewer rows, of the base
+            self._try(plan, (step.num_seqs + 1) // 2, metadata, step.block_size)
         except NotRecordableError as error:
-            logger.warning("steps of decoding are not replayed: %s", error)
+            self.problem = str(error)
         except Exception as error:
             # What other models do with tensors that mean nothing is not known; without a plan they
             # are served as before.
-            problem = f"{type(error).__name__}: {error}"
-            logger.warning("steps of decoding are not replayed: %s", problem)
+            self.problem = f"{type(error).__name__}: {error}"
         else:
-            self._plan = plan
+            self._plan, self.problem = plan, ""
 
     def _try(self, plan: Plan, num_seqs: int, metadata: DecodeMetadata, block_size: int) -> None:
         """Make a step both ways, of random numbers, each sequence in a block of its own.

@@ -154,6 +154,7 @@ class _Spare:
         self._found: deque[Pages] = deque()
         self._looked_for: Pages | None = None
         self._sizes: deque[int] = deque(maxlen=8)
+        self._is_lacking = False
         self._is_calm = threading.Event()
         self._is_calm.set()
         self._renewing = threading.Lock()
@@ -166,6 +167,7 @@ class _Spare:
 
         A processor that waits for a page of its host's does nothing else.
         """
+        self._is_lacking = True
         self._is_calm.clear()
         try:
             yield
@@ -176,11 +178,13 @@ class _Spare:
         """Return memory for a slot, of which as much is found as was by now."""
         self._sizes.append(num_bytes)
         with self._touching:
+            self._is_lacking = False
+            while self._found and self._found[0].num_bytes < num_bytes:
+                self._found.popleft()  # slots are larger now
             pages = self._found.popleft() if self._found else None
             if pages is None:
                 pages, self._looked_for = self._looked_for, None
             if pages is None or pages.num_bytes < num_bytes:
-                self._found.clear()  # slots are larger now
                 pages = Pages(num_bytes)
         return pages.hold(num_bytes)
 
@@ -194,6 +198,8 @@ class _Spare:
         try:
             while self._find_one():
                 pass
+        except OSError as error:
+            logger.warning("no memory was found for the next slot: %s", error)
         finally:
             self._renewing.release()
 
@@ -207,7 +213,7 @@ class _Spare:
             pages = self._looked_for = Pages(size)
         touching = pages.touch()
         while True:
-            if self._found:
+            if self._found or not self._is_lacking:
                 self._is_calm.wait()
             with self._touching:
                 if self._looked_for is not pages:

@@ -61,7 +61,7 @@ _aten: Any = torch.ops.aten
 _ALLOCATIONS = {
     _aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default,
 }  # fmt: skip
-_COPIES = {_aten.clone.default, _aten.contiguous.default, _aten.reshape.default}
+_COPIES = {_aten.clone.default, _aten.contiguous.default}
 
 
 class _Recorder(TorchDispatchMode):
@@ -121,7 +121,7 @@ class _Recorder(TorchDispatchMode):
         outputs = list(_tensors([found]))
         if outputs and all(_place(tensor) in places for tensor in outputs):
             return found
-        if func in _COPIES and found.is_contiguous() and len(found) == len(args[0]):
+        if func in _COPIES and found.is_contiguous():
             copied = self.new(found.shape, found.dtype)
             if self._functions.copy(copied, args[0]):
                 return copied

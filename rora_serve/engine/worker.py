@@ -40,8 +40,7 @@ class RaggedCpuWorker(CPUWorker):
         self._kv_memory = kv_memory(self.cache_config.kv_cache_memory_bytes)
         super().init_device()  # type: ignore[no-untyped-call]
         self._ragged: RaggedLoraManager | None = None
-        self._has_products = False
-        self._steps: Any = None
+        self._why_not_replayed = ""
         is_compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
         if not is_compiled:
             # numba must come after vLLM has registered its own kernels, which it has by now.
@@ -53,7 +52,6 @@ class RaggedCpuWorker(CPUWorker):
                 import rora_serve.engine.norm_layers  # noqa: F401, PLC0415
 
                 replace_products(partial(new_product, threads=threads))
-                self._has_products = True
 
         def make_manager(model: Any) -> RaggedLoraManager:
             dtype = self.model_config.dtype
@@ -105,26 +103,31 @@ class RaggedCpuWorker(CPUWorker):
         if self._ragged is not None:
             with self._ragged.rehearsal():
                 rehearse(self.model_runner)
-                if self._has_products:
-                    self._steps = self._rehearsed_steps(self._ragged)
+                self._why_not_replayed = self._let_steps_be_replayed(self._ragged)
         gc.collect()
         gc.freeze()
         return times
 
-    def _rehearsed_steps(self, ragged: RaggedLoraManager) -> Any:
-        """Return what replays steps of decoding, if our attention is that of all layers."""
+    def _let_steps_be_replayed(self, ragged: RaggedLoraManager) -> str:
+        """Let steps of decoding be replayed. Returns: why they are not; "" if they are."""
+        runner = self.model_runner
+        if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            return "the model is compiled"
+        if self.model_config.dtype != torch.float32:
+            return f"the model computes in {self.model_config.dtype}, not in float32"
         # numba: as in `init_device`.
         from rora_serve.engine.attention_backend import DecodeMetadataBuilder  # noqa: PLC0415
         from rora_serve.engine.decode_steps import DecodeSteps  # noqa: PLC0415
 
-        runner = self.model_runner
         builders = metadata_builders(runner)
-        if len(builders) != 1 or not isinstance(builders[0], DecodeMetadataBuilder):
-            return None
+        if not all(isinstance(builder, DecodeMetadataBuilder) for builder in builders):
+            return "not all layers attend to all that came before"
+        if len(builders) != 1:
+            return f"{len(builders)} kinds of layers attend"
         steps = DecodeSteps(runner.model, ragged.batch, max_rows=runner.max_num_reqs)
         with steps.rehearsal(runner.kv_cache_config.num_blocks):
             rehearse_decoding(runner)
-        return steps
+        return steps.problem
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Make a step, whole where no grammar has to come from the engine's process.
@@ -147,13 +150,12 @@ class RaggedCpuWorker(CPUWorker):
     def rora_status(self) -> dict[str, Any]:
         """Answer the start-up handshake: is our manager the one in use, on how many layers.
 
-        And whether steps of decoding are replayed, which they are for models that do nothing else
-        than what has compiled functions.
+        And why steps of decoding are not replayed, "" where they are.
         """
         in_use: Any = self.model_runner.lora_manager
         active = self._ragged is not None and in_use is self._ragged
         return {
             "active": active,
             "num_layers": self._ragged.num_layers if self._ragged else 0,
-            "replays_decoding": self._steps is not None and self._steps.are_replayed,
+            "why_not_replayed": self._why_not_replayed,
         }

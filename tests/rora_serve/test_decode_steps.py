@@ -1,7 +1,6 @@
 """A model's steps of decoding are replayed once a rehearsal has shown that they are the model's."""
 
 import importlib
-import logging
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from types import SimpleNamespace
@@ -12,7 +11,14 @@ import torch
 from torch import Tensor
 from vllm.forward_context import override_forward_context
 
-from tests.rora_serve.test_replay import ATOL, HIDDEN, NUM_BLOCKS, Model, new_step
+from tests.rora_serve.test_replay import (
+    ATOL,
+    HIDDEN,
+    NUM_BLOCKS,
+    Model,
+    as_in_a_worker,
+    new_step,
+)
 
 # As rora_serve.engine.worker does: numba must come after vLLM.
 backend = importlib.import_module("rora_serve.engine.attention_backend")
@@ -20,6 +26,7 @@ decode_steps = importlib.import_module("rora_serve.engine.decode_steps")
 replay = importlib.import_module("rora_serve.engine.replay")
 
 MAX_ROWS, VOCABULARY = 9, 30
+__all__ = ["as_in_a_worker"]  # holds for these tests too
 
 
 class Served:
@@ -78,7 +85,7 @@ def test_steps_of_decoding_are_replayed_and_others_are_not() -> None:
     served = Served()
     plain = served.forward
     steps = rehearsed(served)
-    assert steps.are_replayed
+    assert not steps.problem
     ids, positions, step = torch.arange(4), torch.arange(4), new_step([3, 20, 1, 1])
     served.layers.batch.set_rows([0, 7, 7, 0], [0, 7, 7, 0], {7: served.layers.slot(7)})
 
@@ -112,31 +119,26 @@ def test_without_a_rehearsal_nothing_is_replayed() -> None:
     with told_of(served, new_step([1, 1])):
         served.forward(torch.arange(2), torch.arange(2))
     assert served.num_calls == 1
-    assert not steps.are_replayed
+    assert steps.problem == "no step of decoding was rehearsed"
 
 
-def why_not(caplog: pytest.LogCaptureFixture, served: Served, **options: int) -> str:
-    with caplog.at_level(logging.WARNING):
-        steps = rehearsed(served, **options)
-    assert not steps.are_replayed
+def why_not(served: Served, **options: int) -> str:
+    steps = rehearsed(served, **options)
     with told_of(served, new_step([1, 1])):
         before = served.num_calls
         served.forward(torch.arange(2), torch.arange(2))
         assert served.num_calls == before + 1, "it is served all the same"
-    (message,) = caplog.messages
-    return message.removeprefix("steps of decoding are not replayed: ")
+    return str(steps.problem)
 
 
-def test_a_model_that_does_more_is_served_layer_by_layer(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_model_that_does_more_is_served_layer_by_layer() -> None:
     served = Served()
     served.layers.extra = lambda hidden: hidden.mul_(0.5)
-    assert why_not(caplog, served) == "there is no compiled function for aten.mul_.Tensor"
+    assert why_not(served) == "there is no compiled function for aten.mul_.Tensor"
 
 
 def test_a_model_that_needs_what_a_recording_has_not_is_served_layer_by_layer(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     served = Served()
     plain = served.forward
@@ -147,11 +149,11 @@ def test_a_model_that_needs_what_a_recording_has_not_is_served_layer_by_layer(
         return plain(input_ids, *arguments, **options)
 
     monkeypatch.setattr(served, "forward", by_ids)
-    assert why_not(caplog, served) == "TypeError: no tokens"
+    assert why_not(served) == "TypeError: no tokens"
 
 
 def test_a_recording_that_differs_from_the_model_is_thrown_away(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = replay.Plan.run
 
@@ -161,11 +163,16 @@ def test_a_recording_that_differs_from_the_model_is_thrown_away(
         return found
 
     monkeypatch.setattr(replay.Plan, "run", run_wrongly)
-    assert why_not(caplog, Served()).startswith("a replayed step of 3 sequences is off by ")
+    assert why_not(Served()).startswith("a replayed step of 3 sequences is off by ")
 
 
-def test_a_cache_of_too_few_blocks_is_not_written_beyond(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    message = why_not(caplog, Served(), num_blocks=3)
+def test_a_recording_without_adapters_would_answer_in_their_names() -> None:
+    served = Served()
+    for product in served.layers.products:
+        product.add(None)
+    assert why_not(served) == "no layer that adapters change was called"
+
+
+def test_a_cache_of_too_few_blocks_is_not_written_beyond() -> None:
+    message = why_not(Served(), num_blocks=3)
     assert message == "the KV cache has 3 blocks, more than 3 are needed to try it"

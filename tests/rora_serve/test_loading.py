@@ -260,6 +260,9 @@ def test_memory_is_found_for_several_slots_and_lent_to_one_each() -> None:
     assert not spare._found, "what is too small now goes back"
     spare.renew()
     assert [pages.num_bytes for pages in spare._found] == [20 * MIB] * 3, "64 MiB at most"
+    spare._found.appendleft(Pages(MIB))
+    assert len(spare.take(20 * MIB)) == 20 * MIB
+    assert len(spare._found) == 2, "a small one in front spoils none"
     spare.take(100 * MIB)
     spare.renew()
     assert [pages.num_bytes for pages in spare._found] == [64 * MIB], "of large ones a part"
@@ -275,6 +278,8 @@ def test_memory_is_not_looked_for_beside_a_load_that_has_some() -> None:
         time.sleep(0.2)
         assert len(spare._found) == 1, "what this load needs, and no more"
         assert len(spare.take(8 * MIB)) == 8 * MIB
+        time.sleep(0.2)
+        assert not spare._found, "it has what it needs"
     thread.join(60)
     assert not thread.is_alive()
     assert len(spare._found) == 4
