@@ -7,7 +7,9 @@ next one does not fit into.
 """
 
 import ctypes
+import math
 import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +20,19 @@ from rora_serve.engine.threads import Threads
 _LARGE_BYTES = 32 << 20  # from here on C's allocator keeps nothing
 # More is for what hardly ever comes, as are the logits of a long prompt's every token.
 _MOST_KEPT = 256 << 20
+
+
+def lend(
+    memory: memoryview,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    take_back: Callable[[memoryview], None],
+) -> Tensor:
+    """Return a tensor in memory that is given to `take_back` when nothing refers to it any more."""
+    # What tensors keep for as long as they, or others on their memory, live.
+    lent = (ctypes.c_char * len(memory)).from_buffer(memory)
+    weakref.finalize(lent, take_back, memory).atexit = False
+    return torch.frombuffer(lent, dtype=dtype, count=math.prod(shape)).view(*shape)
 
 
 class LargeOutputs:
@@ -41,10 +56,7 @@ class LargeOutputs:
         memory, self._kept = self._kept, None
         if memory is None or len(memory) < 4 * count:
             memory = new_memory(4 * count)
-        # What tensors keep for as long as they, or others on their memory, live.
-        lent = (ctypes.c_char * len(memory)).from_buffer(memory)
-        weakref.finalize(lent, self._take_back, memory).atexit = False
-        return torch.frombuffer(lent, dtype=torch.float32, count=count).view(num_rows, width)
+        return lend(memory, (num_rows, width), torch.float32, self._take_back)
 
     def _take_back(self, memory: memoryview) -> None:
         if len(self._kept or b"") < len(memory) <= _MOST_KEPT:

@@ -6,8 +6,7 @@ operators here (rora_serve.engine.row_functions); views need nothing. A model th
 else is not recorded: nothing of a step is ever left out.
 """
 
-import ctypes
-import weakref
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rora_serve.engine.large_outputs import lend
 from rora_serve.engine.pages import new_memory
 from rora_serve.engine.row_functions import RowFunctions
 from rora_serve.engine.threads import Threads, job_at
@@ -88,20 +88,14 @@ class _Recorder(TorchDispatchMode):
 
         What comes later in a step may lie where something was that nobody reads any more.
         """
-        count = 1
-        for length in shape:
-            count *= length
-        num_bytes = count * dtype.itemsize
+        num_bytes = math.prod(shape) * dtype.itemsize
         free = self._free.setdefault(num_bytes, [])
         if free:
             memory = free.pop()
         else:
             memory = new_memory(num_bytes)
             self.kept.append(memory)
-        # What tensors keep for as long as they, or others on their memory, live.
-        lent = (ctypes.c_char * num_bytes).from_buffer(memory)
-        weakref.finalize(lent, free.append, memory).atexit = False
-        return torch.frombuffer(lent, dtype=dtype, count=count).view(*shape)
+        return lend(memory, shape, dtype, free.append)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
