@@ -1,10 +1,9 @@
 """Loader: reads adapters in a process of its own, so that it stalls neither engine nor server."""
 
-from functools import cache
 from pathlib import Path
 
 from adapters import ResolvedVersion
-from rora_serve.engine.handover import Draft, hand_over
+from rora_serve.engine.handover import hand_over
 from rora_serve.side_process import LOADING_NICENESS, SideProcess
 
 
@@ -30,18 +29,8 @@ class Loader:
         """
         weights = resolved.version.weights_digest
         job = (self._socket, lora_int_id, resolved.folder, weights)
-        return await self._process.run(resolved.public_id, _hand_over, *job)
+        return await self._process.run(resolved.public_id, hand_over, *job)
 
     def close(self) -> None:
         """End the process."""
         self._process.close()
-
-
-@cache
-def _draft() -> Draft:
-    """Return this process's draft: it does one job at a time."""
-    return Draft()
-
-
-def _hand_over(path: Path, lora_int_id: int, folder: Path, weights_digest: str) -> int:
-    return hand_over(path, lora_int_id, folder, weights_digest, draft=_draft())

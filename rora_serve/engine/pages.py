@@ -4,7 +4,6 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.argtypes = [
@@ -15,76 +14,125 @@ LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 HUGE_PAGE = 2 * 1024 * 1024
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_MADV_HUGEPAGE = 14
+_PROT_NONE, _MAP_FIXED = 0, 16
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 14, 23, 25
 
 
 def new_memory(num_bytes: int) -> memoryview:
-    """Return memory that goes back to the system when nothing refers to it."""
-    return Pages(num_bytes).hold(num_bytes)
-
-
-class Pages:
-    """Memory straight from the system, for a slot of at most `num_bytes`.
+    """Return memory of this process's own, which goes back when nothing refers to it.
 
     Whole pieces of 2 MiB are asked for as one page each: with pages of 4 KiB a processor looks up
     an address for every 64 cache lines, and factors are read a fifth slower. What is left over is
     in small pages, so that nothing is rounded up.
     """
+    start = _mapped(num_bytes)
+    whole = num_bytes // HUGE_PAGE * HUGE_PAGE
+    if whole:
+        LIBC.madvise(start, whole, _MADV_HUGEPAGE)  # a wish; small pages do as well
+    return _unmapped_with_last_reference(start, num_bytes)
 
-    def __init__(self, num_bytes: int) -> None:
+
+class SharedPages:
+    """Memory that another process can write to: a file in memory, without a name, and mapped here.
+
+    In large pages as `new_memory`, where the system gives them: it keeps files in small ones unless
+    it is asked to put those of a piece into a large one (Linux 6.1), which costs no copy as long as
+    nothing was written there.
+
+    Args:
+        file: its descriptor, which is closed with the last reference to this object.
+        num_bytes: that the file has.
+    """
+
+    def __init__(self, file: int, num_bytes: int) -> None:
+        self.file, self.num_bytes = file, num_bytes
+        self._num_found = 0
+        weakref.finalize(self, os.close, file).atexit = False
+        self._memory = _unmapped_with_last_reference(_mapped(num_bytes, file), num_bytes)
+
+    @classmethod
+    def new(cls, num_bytes: int) -> "SharedPages":
+        """Return some that no other process knows yet. Raises: OSError: too many files are open."""
+        pages = cls(os.memfd_create("rora-serve-slot", os.MFD_CLOEXEC), num_bytes)
+        os.ftruncate(pages.file, num_bytes)
+        return pages
+
+    @property
+    def memory(self) -> memoryview:
+        """Their bytes, which stay as long as something refers to them."""
+        return self._memory[: self.num_bytes]
+
+    def resize(self, num_bytes: int) -> None:
+        """Give back what is beyond so many bytes, or add what lacks; no one may use them yet."""
+        os.ftruncate(self.file, num_bytes)
+        if num_bytes > len(self._memory):
+            start = _mapped(num_bytes, self.file)
+            self._memory = _unmapped_with_last_reference(start, num_bytes)
+            self._num_found = self._num_found // HUGE_PAGE * HUGE_PAGE
         self.num_bytes = num_bytes
-        size = max(num_bytes, 1)
-        span = size + HUGE_PAGE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        address = LIBC.mmap(None, span, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-        if address == _MAP_FAILED:
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error))
-        # Not the allocator's memory, which keeps what was freed; and nothing mapped beyond its
-        # ends, where a last piece could grow to a whole page.
-        self._start = _aligned(address, HUGE_PAGE)
-        if self._start > address:
-            LIBC.munmap(address, self._start - address)
-        self._end = address + span
-        self._cut(size)
-        whole = size // HUGE_PAGE * HUGE_PAGE
-        if whole:
-            LIBC.madvise(self._start, whole, _MADV_HUGEPAGE)  # a wish; small pages do as well
-        self._free = _unmapped_with(self, self._start, self._end)
 
-    def touch(self) -> Iterator[None]:
-        """Let the system find the pages now, some more with each step. Other Python runs meanwhile.
+    def find_some(self) -> bool:
+        """Let the system find the next 2 MiB now; what is written there, by whomever, stays.
 
-        Not by one call for all (MADV_POPULATE_WRITE): until it returned, nobody else in the process
-        could map or unmap anything.
+        Of a virtual machine they may come from its host, in milliseconds. Other Python runs
+        meanwhile. Returns: whether there were some left.
         """
-        for at in range(0, self.num_bytes, HUGE_PAGE):
-            ctypes.memset(self._start + at, 0, min(HUGE_PAGE, self.num_bytes - at))
-            yield
-
-    def hold(self, num_bytes: int) -> memoryview:
-        """Return its first bytes, and give the rest back; of no use afterwards."""
-        self._free.detach()
-        self._cut(max(num_bytes, 1))
-        content = (ctypes.c_ubyte * num_bytes).from_address(self._start)
-        _unmapped_with(content, self._start, self._end)
-        return memoryview(content).cast("B")
-
-    def _cut(self, size: int) -> None:
-        end = _aligned(self._start + size, mmap.PAGESIZE)
-        if end < self._end:
-            LIBC.munmap(end, self._end - end)
-            self._end = end
+        at = self._num_found
+        size = min(HUGE_PAGE, self.num_bytes - at)
+        if size <= 0:
+            return False
+        self._num_found = at + size
+        start = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._memory)) + at
+        # A piece without any page can not be collapsed.
+        is_large = size == HUGE_PAGE and not (
+            LIBC.madvise(start, mmap.PAGESIZE, _MADV_POPULATE_WRITE)
+            or LIBC.madvise(start, size, _MADV_COLLAPSE)
+        )
+        if not is_large:
+            LIBC.madvise(start, size, _MADV_POPULATE_WRITE)
+        return True
 
 
-def _unmapped_with(holder: object, start: int, end: int) -> "weakref.finalize[..., object]":
-    """Give memory back when nothing refers to its holder, but not at the end of the process.
+def _mapped(num_bytes: int, file: int = -1) -> int:
+    """Map memory, of a file or of none, from where a large page may begin; return its address.
+
+    Raises: OSError: the system refuses.
+    """
+    size = _mapped_size(num_bytes)
+    span = size + HUGE_PAGE
+    # Not the allocator's memory, which keeps what was freed; and nothing mapped beyond its ends,
+    # where a last piece could grow to a whole page.
+    reserved = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    address = _map(None, span, _PROT_NONE, reserved, -1)
+    start = _aligned(address, HUGE_PAGE)
+    kind = reserved if file < 0 else mmap.MAP_SHARED
+    _map(start, size, mmap.PROT_READ | mmap.PROT_WRITE, kind | _MAP_FIXED, file)
+    if start > address:
+        LIBC.munmap(address, start - address)
+    LIBC.munmap(start + size, address + span - start - size)
+    return start
+
+
+def _map(address: int | None, size: int, access: int, flags: int, file: int) -> int:
+    found = LIBC.mmap(address, size, access, flags, file, 0)
+    if found == _MAP_FAILED:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return int(found)
+
+
+def _unmapped_with_last_reference(start: int, num_bytes: int) -> memoryview:
+    """Return what `_mapped` did. It is not given back at the end of the process.
 
     Threads may be in the middle of it then, and the system takes it anyway.
     """
-    free: weakref.finalize[..., object] = weakref.finalize(holder, LIBC.munmap, start, end - start)
-    free.atexit = False
-    return free
+    content = (ctypes.c_ubyte * num_bytes).from_address(start)
+    weakref.finalize(content, LIBC.munmap, start, _mapped_size(num_bytes)).atexit = False
+    return memoryview(content).cast("B")
+
+
+def _mapped_size(num_bytes: int) -> int:
+    return _aligned(max(num_bytes, 1), mmap.PAGESIZE)
 
 
 def _aligned(address: int, alignment: int) -> int:

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import platform
+import re
 import threading
 import time
 import weakref
@@ -22,9 +24,9 @@ from adapters.errors import AdapterMismatchError, ArtifactError, EngineSeamError
 from adapters.limits import MIB
 from adapters.tensors import Array
 from rora_serve.engine import handover
-from rora_serve.engine.handover import Draft, copied, hand_over, receive_slots
+from rora_serve.engine.handover import hand_over, receive_slots
 from rora_serve.engine.loading import lay_out, read_slot
-from rora_serve.engine.pages import Pages, new_memory
+from rora_serve.engine.pages import SharedPages, new_memory
 from rora_serve.engine.slots import Element, Site, Slot
 from rora_serve.loader import Loader
 from rora_serve.side_process import LOADING_NICENESS
@@ -185,60 +187,98 @@ def test_another_file_than_the_digests_is_refused(tmp_path: Path) -> None:
     read_again()
 
 
-def test_a_slot_is_copied_out_of_a_file_into_memory_that_goes_back() -> None:
+def test_what_another_process_writes_to_a_slot_is_there_and_its_memory_goes_back() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
-    draft = Draft()
-    num_bytes = 5 * 1024**2 + 5  # of large pages and small ones
-    numbers = np.random.default_rng(0).integers(0, 256, num_bytes, np.uint8)
-    np.frombuffer(draft.room(num_bytes), np.uint8)[:] = numbers
-    memory = copied(draft.file, new_memory(num_bytes))
-    np.testing.assert_array_equal(np.frombuffer(memory, np.uint8), numbers)
-    assert memory.readonly
-    with pytest.raises(OSError, match=f"has {num_bytes} bytes, {num_bytes + 1} are expected"):
-        copied(draft.file, new_memory(num_bytes + 1))
-    draft.room(7)[:] = b"another"
-    assert bytes(memory[:7]) == numbers[:7].tobytes()
+    num_bytes = 5 * MIB + 5  # of large pages and small ones
+    pages = SharedPages.new(num_bytes)
+    written = multiprocessing.get_context("fork").Process(target=_write, args=(pages,))
+    written.start()
+    written.join()
+    written.close()
+    memory = pages.memory.toreadonly()
+    assert bytes(memory) == bytes(range(250)) * (num_bytes // 250) + bytes(num_bytes % 250)
+    del pages
+    assert len(list(Path("/proc/self/fd").iterdir())) == before, "what is mapped stays without it"
+    assert bytes(memory[:3]) == b"\0\1\2"
     content = memory.obj
     gone = weakref.ref(content)
     del content, memory
     assert gone() is None, "it goes with the last that refers to it"
-    os.close(draft.file)
-    del draft  # its map holds a descriptor too
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_a_draft_is_kept_unless_it_is_large() -> None:
-    draft = Draft()
-    for num_bytes, kept in ((1000, 1000), (3000, 3000), (2000, 3000), (65 * 1024**2, 0), (10, 10)):
-        assert len(draft.room(num_bytes)) == num_bytes
-        draft.tidy()
-        assert os.fstat(draft.file).st_size == kept
-    os.close(draft.file)
+def _write(pages: SharedPages) -> None:
+    other = SharedPages(os.dup(pages.file), pages.num_bytes)
+    other.memory[: -(pages.num_bytes % 250)] = bytes(range(250)) * (pages.num_bytes // 250)
+
+
+def test_pages_are_found_without_touching_what_is_there_and_large_where_they_can_be() -> None:
+    pages = SharedPages.new(7 * MIB)
+    pages.memory[3 * MIB : 3 * MIB + 5] = b"there"
+    assert [pages.find_some() for _ in range(5)] == [True] * 4 + [False]
+    assert bytes(pages.memory[3 * MIB - 1 : 3 * MIB + 6]) == b"\0there\0"
+    pages.memory[6 * MIB :] = b"x" * MIB
+    pages.resize(9 * MIB)
+    while pages.find_some():
+        pass
+    assert bytes(pages.memory[3 * MIB : 3 * MIB + 5]) == b"there"
+    assert bytes(pages.memory[6 * MIB : 9 * MIB]) == b"x" * MIB + bytes(2 * MIB)
+    assert len(bytes(pages.memory)) == 9 * MIB
+    if _gives_large_pages():
+        assert _mapping_of(pages.memory)["ShmemPmdMapped"] == 8 * 1024
+
+
+def _gives_large_pages() -> bool:
+    return tuple(int(n) for n in platform.release().split("-")[0].split(".")[:2]) >= (6, 1)
+
+
+def _mapping_of(memory: memoryview) -> dict[str, int]:
+    """KiB of each kind of the mapping that begins where `memory` does."""
+    start = np.frombuffer(memory, np.uint8).ctypes.data
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    assert any(line.startswith(f"{start:x}-") for line in lines)
+    found = {}
+    for line in lines:
+        match = re.fullmatch(r"(\w+): +(\d+) kB", line)
+        if match is None:
+            break
+        found[match[1]] = int(match[2])
+    return found
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 4096, 2 * 1024**2, 21 * 1024**2 + 1])
-def test_memory_for_slots_is_not_rounded_up_to_large_pages(num_bytes: int) -> None:
+@pytest.mark.parametrize(
+    "memory", [new_memory, lambda num_bytes: SharedPages.new(num_bytes).memory]
+)
+def test_memory_is_not_rounded_up_to_large_pages(
+    num_bytes: int, memory: Callable[[int], memoryview]
+) -> None:
     before = psutil.Process().memory_info().rss
-    numbers = np.frombuffer(new_memory(num_bytes), np.uint8)
+    numbers = np.frombuffer(memory(num_bytes), np.uint8)
     numbers[:] = 1
     assert psutil.Process().memory_info().rss - before <= num_bytes + 512 * 1024
     assert len(numbers) == num_bytes
-    assert numbers.ctypes.data % (2 * 1024**2) == 0
+    if num_bytes:
+        assert numbers.ctypes.data % (2 * MIB) == 0
+    del numbers
+    assert psutil.Process().memory_info().rss - before <= 512 * 1024
 
 
 def test_memory_that_was_found_before_gives_back_what_a_slot_does_not_need() -> None:
     before = psutil.Process().memory_info().rss
-    pages = Pages(21 * 1024**2)
-    for _ in pages.touch():
+    pages = SharedPages.new(21 * MIB)
+    while pages.find_some():
         pass
-    assert psutil.Process().memory_info().rss - before > 20 * 1024**2
-    numbers = np.frombuffer(pages.hold(5 * 1024**2 + 1), np.uint8)
-    assert psutil.Process().memory_info().rss - before < 6 * 1024**2
+    assert psutil.Process().memory_info().rss - before > 20 * MIB
+    pages.resize(5 * MIB + 1)
+    numbers = np.frombuffer(pages.memory, np.uint8)
+    assert not numbers.any()
+    assert psutil.Process().memory_info().rss - before < 6 * MIB
+    assert 512 * os.fstat(pages.file).st_blocks < 6 * MIB, "nor does the file have it"
     numbers[:] = 1
     del pages
     assert numbers.all(), "it is the slot's by now"
     del numbers
-    assert psutil.Process().memory_info().rss - before < 1024**2
+    assert psutil.Process().memory_info().rss - before < MIB
 
 
 def test_memory_is_found_for_several_slots_and_lent_to_one_each() -> None:
@@ -247,23 +287,18 @@ def test_memory_is_found_for_several_slots_and_lent_to_one_each() -> None:
     spare.renew()
     found = list(spare._found)
     assert [pages.num_bytes for pages in found] == [3 * MIB] * 4
-    begins = {pages._start for pages in found}
+    assert not any(pages.find_some() for pages in found), "all pages are found"
     taken = [spare.take(num_bytes) for num_bytes in (3 * MIB, 1 * MIB, 2 * MIB)]
-    addresses = {np.frombuffer(memory, np.uint8).ctypes.data for memory in taken}
-    assert len(addresses) == 3
-    assert addresses <= begins
-    assert [len(memory) for memory in taken] == [3 * MIB, 1 * MIB, 2 * MIB]
-    for number, memory in enumerate(taken):
-        memory[:] = bytes([number]) * len(memory)
-    assert [memory[-1] for memory in taken] == [0, 1, 2]
-    assert len(spare.take(20 * MIB)) == 20 * MIB, "more than was foreseen"
-    assert not spare._found, "what is too small now goes back"
+    assert taken == found[:3]
+    assert [len(pages.memory) for pages in taken] == [3 * MIB, 1 * MIB, 2 * MIB]
+    for number, pages in enumerate(taken):
+        pages.memory[:] = bytes([number]) * pages.num_bytes
+    assert [pages.memory[-1] for pages in taken] == [0, 1, 2]
+    assert len(spare.take(20 * MIB).memory) == 20 * MIB, "more than was foreseen"
     spare.renew()
     assert [pages.num_bytes for pages in spare._found] == [20 * MIB] * 3, "64 MiB at most"
-    spare._found.appendleft(Pages(MIB))
-    assert len(spare.take(20 * MIB)) == 20 * MIB
-    assert len(spare._found) == 2, "a small one in front spoils none"
-    spare.take(100 * MIB)
+    assert spare.take(100 * MIB).num_bytes == 100 * MIB
+    spare._found.clear()
     spare.renew()
     assert [pages.num_bytes for pages in spare._found] == [64 * MIB], "of large ones a part"
 
@@ -277,7 +312,7 @@ def test_memory_is_not_looked_for_beside_a_load_that_has_some() -> None:
         _wait_until(lambda: len(spare._found) == 1)
         time.sleep(0.2)
         assert len(spare._found) == 1, "what this load needs, and no more"
-        assert len(spare.take(8 * MIB)) == 8 * MIB
+        assert spare.take(8 * MIB).num_bytes == 8 * MIB
         time.sleep(0.2)
         assert not spare._found, "it has what it needs"
     thread.join(60)
@@ -296,10 +331,9 @@ def test_one_slot_after_the_other_is_handed_over_whatever_their_sizes(tmp_path: 
     holder = Holder()
     receive_slots(tmp_path / "socket", holder)
     for number, rank in enumerate((9, 1, 30, 2, 2)):
-        draft = Draft()  # whose bytes between a slot's parts are still zero
         folder = make(tmp_path / str(number), {"m.v": (rank, 6, 4), "m.o": (200, 8, 6)})
         digest = weights_digest(open_artifact(folder))
-        hand_over(tmp_path / "socket", number, folder, digest, draft=draft)
+        hand_over(tmp_path / "socket", number, folder, digest)
         assert bytes(holder.slots[number].memory) == read(folder).memory[:]
 
 
@@ -309,19 +343,18 @@ def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
     folder = make(tmp_path / "a", {"m.v": (1, 6, 4), "m.o": (200, 8, 6)})
     expected = read(folder)
     digest = weights_digest(open_artifact(folder))
-    draft = Draft()
-    assert hand_over(tmp_path / "socket", 7, folder, digest, draft=draft) == len(expected.memory)
+    assert hand_over(tmp_path / "socket", 7, folder, digest) == len(expected.memory)
     assert bytes(holder.slots[7].memory) == expected.memory[:]
     assert not holder.slots[7].ranks.flags.writeable
     with pytest.raises(ArtifactError, match="differs from what was stored"):
-        hand_over(tmp_path / "socket", 8, folder, "0" * 64, draft=draft)
+        hand_over(tmp_path / "socket", 8, folder, "0" * 64)
     misfit = make(tmp_path / "b", {"m.x": (1, 1, 1)})
     other_digest = weights_digest(open_artifact(misfit))
     with pytest.raises(AdapterMismatchError, match=r"m\.x"):
-        hand_over(tmp_path / "socket", 8, misfit, other_digest, draft=draft)
+        hand_over(tmp_path / "socket", 8, misfit, other_digest)
     assert list(holder.slots) == [7]
     with pytest.raises(EngineSeamError, match="takes no adapters"):
-        hand_over(tmp_path / "nobody", 8, folder, digest, draft=draft)
+        hand_over(tmp_path / "nobody", 8, folder, digest)
 
 
 def test_a_load_begins_when_the_first_step_of_the_last_ones_adapter_is_over(
@@ -335,7 +368,7 @@ def test_a_load_begins_when_the_first_step_of_the_last_ones_adapter_is_over(
     digest = weights_digest(open_artifact(folder))
 
     def load(lora_int_id: int) -> None:
-        hand_over(tmp_path / "socket", lora_int_id, folder, digest, draft=Draft())
+        hand_over(tmp_path / "socket", lora_int_id, folder, digest)
 
     load(1)
     second = threading.Thread(target=load, args=(2,), daemon=True)
@@ -355,7 +388,7 @@ def test_a_load_waits_for_a_first_step_that_never_comes_for_a_moment_only(tmp_pa
     folder = make(tmp_path / "a", {"m.q": (3, 6, 8)})
     digest = weights_digest(open_artifact(folder))
     for number in range(2):
-        hand_over(tmp_path / "socket", number, folder, digest, draft=Draft())
+        hand_over(tmp_path / "socket", number, folder, digest)
     assert list(holder.slots) == [0, 1]
 
 
@@ -380,7 +413,7 @@ def test_slots_are_received_behind_what_computes_and_never_before_the_server(
     starter.join()
     folder = make(tmp_path / "a", {"m.q": (3, 6, 8)})
     digest = weights_digest(open_artifact(folder))
-    hand_over(tmp_path / "socket", 1, folder, digest, draft=Draft())
+    hand_over(tmp_path / "socket", 1, folder, digest)
     assert found == [expected]
 
 
