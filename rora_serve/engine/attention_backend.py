@@ -3,8 +3,10 @@
 Prompts, and what else ours has no code for, stay vLLM's.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,8 +69,38 @@ def _can_read(found: CPUAttentionMetadata) -> bool:
     )
 
 
+class Attending(NamedTuple):
+    """One layer's attention, as `DecodeImpl.forward` was asked for it."""
+
+    impl: "DecodeImpl"
+    layer: Any
+    cache: Tensor
+
+    def attend(
+        self, query: Tensor, new: tuple[Tensor, Tensor] | None, output: Tensor, metadata: Any
+    ) -> None:
+        """Do what was asked for of other tokens."""
+        key: Any
+        value: Any
+        key, value = new or (None, None)
+        self.impl.forward(self.layer, query, key, value, self.cache, metadata, output)
+
+
 class DecodeImpl(CPUAttentionBackendImpl):
     """One layer's attention."""
+
+    _noted: ClassVar[list[Attending] | None] = None
+
+    @staticmethod
+    @contextmanager
+    def noting() -> Iterator[list[Attending]]:
+        """Note which layers attend meanwhile, in order."""
+        noted: list[Attending] = []
+        DecodeImpl._noted = noted
+        try:
+            yield noted
+        finally:
+            DecodeImpl._noted = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -100,6 +132,8 @@ class DecodeImpl(CPUAttentionBackendImpl):
         """
         if attn_metadata is None:  # a warm-up
             return output
+        if DecodeImpl._noted is not None:
+            DecodeImpl._noted.append(Attending(self, layer, kv_cache))
         # Some layers read what another one puts there.
         is_kept = key is not None and value is not None
         is_new = is_kept and layer.kv_sharing_target_layer_name is None

@@ -1,4 +1,4 @@
-"""DecodeSteps: a model's steps of decoding, replayed where they can be.
+"""DecodeSteps: a model's steps, of decoding and with short prompts, replayed where they can be.
 
 Import this module only in a worker that runs: see rora_serve.engine.replay.
 """
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 
-from rora_serve.engine.attention_backend import DecodeMetadata
+from rora_serve.engine.attention_backend import Attending, DecodeImpl, DecodeMetadata
 from rora_serve.engine.decoding import DecodeStep
 from rora_serve.engine.ragged_batch import RaggedBatch
 from rora_serve.engine.recording import NotRecordableError, record
-from rora_serve.engine.replay import Plan
+from rora_serve.engine.replay import Attend, Plan
 from rora_serve.engine.threads import Threads
 
 _SEQ_TOKENS = 2  # of each, so that scores matter
@@ -24,15 +24,16 @@ _TOLERANCE = 1e-4
 
 
 class DecodeSteps:
-    """Stands in front of a model, and replays the steps that have one new token of each sequence.
+    """Stands in front of a model, and replays its steps.
 
     Args:
         model: vLLM's, whose `forward` is replaced.
         batch: the rows of steps.
-        max_rows: that a step can have.
+        max_rows: tokens of a step that is replayed.
 
-    All others are the model's own, and so are all until a rehearsal has recorded a step and shown
-    that replayed ones give what the model gives.
+    Larger ones are the model's own, and so are all until a rehearsal has recorded a step and shown
+    that replayed ones give what the model gives. One that has one new token of each sequence is
+    replayed whole; of others attention is vLLM's, and what is between.
     """
 
     def __init__(self, model: nn.Module, batch: RaggedBatch, *, max_rows: int) -> None:
@@ -41,6 +42,7 @@ class DecodeSteps:
         self._max_rows = max_rows
         self._threads = Threads(torch.get_num_threads())
         self._plan: Plan | None = None
+        self._attending: list[Attending] = []
         # Why steps are not replayed, in words for whoever starts a server; "" where they are.
         self.problem = "no step of decoding was rehearsed"
         self._num_blocks = 0
@@ -68,19 +70,34 @@ class DecodeSteps:
         **more: Any,
     ) -> Any:
         """Return hidden states, as the model does; arguments are vLLM's."""
-        step = None
-        if intermediate_tensors is None and not more:
+        metadata = None
+        if intermediate_tensors is None and not more and positions.dim() == 1:
             metadata = _metadata()
-            step = None if metadata is None else metadata.decode
-            if step is not None and self._num_blocks and positions.dim() == 1:
-                assert metadata is not None, "whose step it is"
-                self._make_plan(metadata, step, input_ids, inputs_embeds, positions)
+        if metadata is not None and metadata.decode is not None and self._num_blocks:
+            self._make_plan(metadata, metadata.decode, input_ids, inputs_embeds, positions)
         plan = self._plan
-        if step is None or plan is None or not _fits(plan, step, positions):
+        if (
+            plan is None
+            or metadata is None
+            or not len(positions) == metadata.num_actual_tokens <= plan.max_rows
+        ):
             return self._forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
         if inputs_embeds is None:
             inputs_embeds = self._model.embed_input_ids(input_ids)
-        return plan.run(inputs_embeds, positions, step, self._batch.tokens.tables)
+        tables = self._batch.tokens.tables
+        if metadata.decode is not None:
+            return plan.run(inputs_embeds, positions, metadata.decode, tables)
+        return plan.run_between(inputs_embeds, positions, self._told(metadata), tables)
+
+    def _told(self, metadata: DecodeMetadata) -> Attend:
+        """Return what attends in a step that layers are told so of."""
+
+        def attend(
+            layer: int, query: Tensor, new: tuple[Tensor, Tensor] | None, output: Tensor
+        ) -> None:
+            self._attending[layer].attend(query, new, output, metadata)
+
+        return attend
 
     def _make_plan(
         self,
@@ -106,12 +123,15 @@ class DecodeSteps:
                 ((self._max_rows, hidden.shape[1]), hidden.dtype),
                 ((self._max_rows,), torch.int64),
             ]
-            recording = record(
-                lambda hidden, positions: self._forward(None, positions, None, hidden),
-                shapes,
-                self._threads,
-            )
+            with DecodeImpl.noting() as self._attending:
+                recording = record(
+                    lambda hidden, positions: self._forward(None, positions, None, hidden),
+                    shapes,
+                    self._threads,
+                )
             plan = Plan(recording, self._threads)
+            if len(self._attending) != plan.num_attending:
+                raise NotRecordableError("a layer attends past vLLM's backend")
             if not plan.has_deltas:
                 raise NotRecordableError("no layer that adapters change was called")
             self._try(plan, step.num_seqs, metadata, step.block_size)
@@ -141,17 +161,22 @@ class DecodeSteps:
             blocks * block_size + _SEQ_TOKENS - 1,
             block_size,
         )
-        found = plan.run(hidden, positions, step, self._batch.tokens.tables).clone()
+        tables = self._batch.tokens.tables
         kept, metadata.decode = metadata.decode, step
         try:
+            found = [
+                plan.run(hidden, positions, step, tables).clone(),
+                plan.run_between(hidden, positions, self._told(metadata), tables).clone(),
+            ]
             expected = self._forward(None, positions, None, hidden)
         finally:
             metadata.decode = kept
-        difference = float((found - expected).abs().max() / expected.abs().max())
-        if not difference <= _TOLERANCE:
-            raise NotRecordableError(
-                f"a replayed step of {num_seqs} sequences is off by {difference:.1e}"
-            )
+        for each in found:
+            difference = float((each - expected).abs().max() / expected.abs().max())
+            if not difference <= _TOLERANCE:
+                raise NotRecordableError(
+                    f"a replayed step of {num_seqs} sequences is off by {difference:.1e}"
+                )
 
 
 def _metadata() -> DecodeMetadata | None:
@@ -161,7 +186,3 @@ def _metadata() -> DecodeMetadata | None:
         return None
     first = next(iter(by_layer.values()), None)
     return first if isinstance(first, DecodeMetadata) else None
-
-
-def _fits(plan: Plan, step: DecodeStep, positions: Tensor) -> bool:
-    return positions.dim() == 1 and len(positions) == step.num_seqs <= plan.max_rows

@@ -1,20 +1,22 @@
-"""Replay: a step of decoding, recorded once, made again by one call on all threads.
+"""Replay: a step, recorded once, made again by one call on all threads.
 
 A step of SmolLM2-135M is 301 calls of compiled functions, 421 with adapters, and as many times
 threads wait for work from Python; a replayed one is a list that every thread goes through by
 itself. It holds for any number of rows up to the one that was recorded, since rows lie one after
 the other: what is different in a step, its rows, sequences and adapters, is written into all jobs
-at once.
+at once. Of a step with prompts in it attention is somebody else's: there one call makes what is
+between two layers' attention.
 
 Import this module only in a worker that runs: numba must come after vLLM has registered its own
 kernels.
 """
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numba import carray, cfunc, types
 from numpy.typing import NDArray
 from torch import Tensor
@@ -34,6 +36,10 @@ from rora_serve.engine.instructions import (
 from rora_serve.engine.ragged_batch import RowTables
 from rora_serve.engine.recording import NotRecordableError, Recording
 from rora_serve.engine.threads import Threads
+
+# Attends in one layer, counted in a step's order: puts new keys and values into the cache, if there
+# are any, and writes what attention is. [num_rows, heads, head_dim] each.
+Attend = Callable[[int, Tensor, tuple[Tensor, Tensor] | None, Tensor], None]
 
 _ENTRY = 3  # numbers: function, job, and counters that are set to 0 after it
 
@@ -90,8 +96,25 @@ class _Jobs:
         return name in self._names
 
 
+class _Entries:
+    """Calls in order, and where attention is among them."""
+
+    def __init__(self, entries: NDArray[np.int64], is_attention: NDArray[np.bool_]) -> None:
+        self.address, self.count = entries.ctypes.data, len(entries)
+        self._kept = entries
+        self.attention = np.flatnonzero(is_attention).tolist()
+
+
+class _Heads(NamedTuple):
+    """What a layer's attention reads and writes, of as many rows as were recorded."""
+
+    query: Tensor
+    new: tuple[Tensor, Tensor] | None
+    output: Tensor
+
+
 class Plan:
-    """A step of decoding that was recorded.
+    """A step that was recorded, of decoding.
 
     Args:
         recording: of a model, given hidden states, [max_rows, hidden_size], and positions,
@@ -129,8 +152,11 @@ class Plan:
             tables[products.Job].column("taken")[:] = taken
             entries[is_product, 2] = taken
         is_delta = np.array([type(call.job) is kernels.Job for call in recording.calls], bool)
-        self._all = entries
-        self._without_deltas = entries[~is_delta]
+        is_attention = np.array([type(call.job) is attention.Job for call in recording.calls], bool)
+        self._all = _Entries(entries, is_attention)
+        self._without_deltas = _Entries(entries[~is_delta], is_attention[~is_delta])
+        attending = [call.job for call in recording.calls if type(call.job) is attention.Job]
+        self._heads = [_heads_of(job, self.max_rows) for job in attending]
         self.has_deltas = self._deltas is not None
         if self._deltas is not None:
             self._layers = self._deltas.column("layer").copy()
@@ -157,10 +183,15 @@ class Plan:
             raise NotRecordableError(f"{int(rest.max())} rows for {self.max_rows} of the step")
         return times
 
+    @property
+    def num_attending(self) -> int:
+        """Layers that attend."""
+        return len(self._heads)
+
     def run(
         self, hidden: Tensor, positions: Tensor, step: DecodeStep, tables: RowTables | None
     ) -> Tensor:
-        """Make a step.
+        """Make a step of decoding.
 
         Args:
             hidden: [num_rows, hidden_size] float32, at most max_rows.
@@ -169,21 +200,65 @@ class Plan:
             tables: what adapters do; None: none has rows.
         Returns: [num_rows, hidden_size], valid until the next step.
         """
+        entries = self._begin(hidden, positions, tables)
+        if self._sequences is not None:
+            lend(self._first_sequences, step)
+            numbers = self._sequences.numbers
+            numbers[1:, self._step_fields] = numbers[0, self._step_fields]
+        self._call(entries, 0, entries.count)
+        return self._recording.output[: len(hidden)]
+
+    def run_between(
+        self, hidden: Tensor, positions: Tensor, attend: Attend, tables: RowTables | None
+    ) -> Tensor:
+        """Make a step of any tokens, whose attention is `attend`'s; the rest is as `run`'s."""
+        entries = self._begin(hidden, positions, tables)
+        num_rows, first = len(hidden), 0
+        for layer, ((query, new, output), at) in enumerate(
+            zip(self._heads, entries.attention, strict=True)
+        ):
+            self._call(entries, first, at)
+            keys_values = new and (new[0][:num_rows], new[1][:num_rows])
+            attend(layer, query[:num_rows], keys_values, output[:num_rows])
+            first = at + 1
+        self._call(entries, first, entries.count)
+        return self._recording.output[:num_rows]
+
+    def _begin(self, hidden: Tensor, positions: Tensor, tables: RowTables | None) -> _Entries:
+        """Write rows and adapters into all jobs; return the calls to be made."""
         num_rows = len(hidden)
         self._hidden[:num_rows] = hidden
         self._positions[:num_rows] = positions
         for column, times in self._rows:
             np.multiply(times, num_rows, out=column)
-        if self._sequences is not None:
-            lend(self._first_sequences, step)
-            numbers = self._sequences.numbers
-            numbers[1:, self._step_fields] = numbers[0, self._step_fields]
-        entries = self._without_deltas
-        if tables is not None and self._deltas is not None:
-            entries = self._all
-            if tables.number != self._filled_from:
-                tables.fill_all(self._deltas.column, self._layers)
-                self._filled_from = tables.number
-        self._job.entries, self._job.num_entries = entries.ctypes.data, len(entries)
+        if tables is None or self._deltas is None:
+            return self._without_deltas
+        if tables.number != self._filled_from:
+            tables.fill_all(self._deltas.column, self._layers)
+            self._filled_from = tables.number
+        return self._all
+
+    def _call(self, entries: _Entries, first: int, last: int) -> None:
+        self._job.entries = entries.address + 8 * _ENTRY * first
+        self._job.num_entries = last - first
         self._threads.run(_run.address, self._job_address)
-        return self._recording.output[:num_rows]
+
+
+def _heads_of(job: Any, num_rows: int) -> _Heads:
+    def heads(address: int, row_bytes: int, count: int) -> Tensor:
+        width = count * job.head_dim
+        length = (num_rows - 1) * row_bytes // 4 + width
+        numbers = torch.frombuffer(
+            (ctypes.c_float * length).from_address(address), dtype=torch.float32
+        )
+        return numbers.as_strided(
+            (num_rows, count, job.head_dim), (row_bytes // 4, job.head_dim, 1)
+        )
+
+    num_heads = job.num_kv_heads * job.group
+    new = None
+    if job.key:
+        key = heads(job.key, job.key_stride, job.num_kv_heads)
+        new = key, heads(job.value, job.value_stride, job.num_kv_heads)
+    query = heads(job.query, job.query_stride, num_heads)
+    return _Heads(query, new, heads(job.output, job.output_stride, num_heads))

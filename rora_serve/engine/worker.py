@@ -28,6 +28,9 @@ from rora_serve.engine.kv_memory import kv_memory
 from rora_serve.engine.manager import RaggedLoraManager
 from rora_serve.engine.threads import Threads
 
+# Tokens of a step that is replayed, at least; in longer ones calls from Python hardly count.
+_REPLAYED_TOKENS = 256
+
 
 class RaggedCpuWorker(CPUWorker):
     """A CPU worker whose adapters are ours."""
@@ -124,7 +127,8 @@ class RaggedCpuWorker(CPUWorker):
             return "not all layers attend to all that came before"
         if len(builders) != 1:
             return f"{len(builders)} kinds of layers attend"
-        steps = DecodeSteps(runner.model, ragged.batch, max_rows=runner.max_num_reqs)
+        max_rows = min(max(runner.max_num_reqs, _REPLAYED_TOKENS), runner.max_num_tokens)
+        steps = DecodeSteps(runner.model, ragged.batch, max_rows=max_rows)
         with steps.rehearsal(runner.kv_cache_config.num_blocks):
             rehearse_decoding(runner)
         return steps.problem

@@ -10,18 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 from vllm.forward_context import override_forward_context
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from tests.rora_serve.test_replay import (
     ATOL,
+    HEAD_DIM,
     HIDDEN,
     NUM_BLOCKS,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
     Model,
+    TokenByToken,
     as_in_a_worker,
     new_step,
+    token_by_token,
 )
 
 # As rora_serve.engine.worker does: numba must come after vLLM.
 backend = importlib.import_module("rora_serve.engine.attention_backend")
+decoding = importlib.import_module("rora_serve.engine.decoding")
 decode_steps = importlib.import_module("rora_serve.engine.decode_steps")
 replay = importlib.import_module("rora_serve.engine.replay")
 
@@ -29,11 +37,48 @@ MAX_ROWS, VOCABULARY = 9, 30
 __all__ = ["as_in_a_worker"]  # holds for these tests too
 
 
+@pytest.fixture(autouse=True)
+def without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's attention asks for a configuration, and of prompts for what an engine plans."""
+    monkeypatch.setattr(
+        "vllm.v1.attention.backends.cpu_attn.get_current_vllm_config",
+        lambda: SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32)),
+    )
+    layer = TokenByToken(decoding.DecodeLayer(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, 0.3))
+
+    def attend(
+        _: Any, __: Any, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any,
+        output: Tensor, *___: Any,
+    ) -> Tensor:  # fmt: skip
+        layer.attend(query, (key, value), cache, output, metadata.scheduler_metadata)
+        return output
+
+    monkeypatch.setattr(CPUAttentionBackendImpl, "forward", attend)
+    monkeypatch.setattr(CPUAttentionBackendImpl, "do_kv_cache_update", lambda *_: None)
+
+
+class AsVllms:
+    """A layer of attention, by our backend."""
+
+    def __init__(self) -> None:
+        self._layer = SimpleNamespace(kv_sharing_target_layer_name=None)
+        self._impl = backend.DecodeImpl(
+            num_heads=NUM_HEADS, head_size=HEAD_DIM, scale=0.3, num_kv_heads=NUM_KV_HEADS,
+            alibi_slopes=None, sliding_window=None, kv_cache_dtype="auto",
+        )  # fmt: skip
+
+    def attend(
+        self, query: Tensor, new: tuple[Tensor, Tensor], cache: Tensor, output: Tensor, told: Any
+    ) -> None:
+        self._impl.forward(self._layer, query, *new, cache, told, output)
+
+
 class Served:
     """What the worker calls: `forward` by vLLM's names, and how often the layers ran one by one."""
 
     def __init__(self) -> None:
         self.layers = Model()
+        self.layers.attention = [AsVllms() for _ in range(NUM_LAYERS)]
         self.embeddings = torch.randn(VOCABULARY, HIDDEN)
         self.num_calls = 0
         self.metadata: Any = None
@@ -55,15 +100,18 @@ class Served:
         if hidden is None:
             assert input_ids is not None
             hidden = self.embed_input_ids(input_ids)
-        if self.metadata is not None:
-            self.layers.step = self.metadata.decode
+        self.layers.step = self.metadata
         return self.layers(hidden, positions)
 
 
 def told_of(served: Served, step: Any) -> AbstractContextManager[None]:
-    """Let all layers be told of a step; None: of one that is not decoding's."""
+    """Let all layers be told of a step of decoding, or of steps of one token that others are."""
     names = [field.name for field in fields(backend.DecodeMetadata)]
-    served.metadata = backend.DecodeMetadata(**dict.fromkeys(names) | {"decode": step})
+    if isinstance(step, decoding.DecodeStep):
+        told = {"decode": step, "num_actual_tokens": step.num_seqs}
+    else:
+        told = {"scheduler_metadata": step, "num_actual_tokens": len(step)}
+    served.metadata = backend.DecodeMetadata(**dict.fromkeys(names) | told)
     return in_context({"first": served.metadata, "second": served.metadata})
 
 
@@ -81,12 +129,12 @@ def rehearsed(served: Served, *, num_blocks: int = NUM_BLOCKS) -> Any:
     return steps
 
 
-def test_steps_of_decoding_are_replayed_and_others_are_not() -> None:
+def test_steps_are_replayed_if_they_are_short_and_others_are_not() -> None:
     served = Served()
     plain = served.forward
     steps = rehearsed(served)
     assert not steps.problem
-    ids, positions, step = torch.arange(4), torch.arange(4), new_step([3, 20, 1, 1])
+    ids, positions = torch.arange(4), torch.arange(4)
     served.layers.batch.set_rows([0, 7, 7, 0], [0, 7, 7, 0], {7: served.layers.slot(7)})
 
     def asked(step: Any, **more: Any) -> tuple[Tensor, int]:
@@ -95,22 +143,29 @@ def test_steps_of_decoding_are_replayed_and_others_are_not() -> None:
             found: Tensor = served.forward(ids, positions, **more)
             return found, served.num_calls - before
 
-    with told_of(served, step):
-        expected = plain(ids, positions)
-    found, num_calls = asked(step)
-    torch.testing.assert_close(found, expected, atol=ATOL, rtol=ATOL)
-    assert num_calls == 0
-    found, num_calls = asked(step, inputs_embeds=served.embed_input_ids(ids))
-    torch.testing.assert_close(found, expected, atol=ATOL, rtol=ATOL)
-    assert num_calls == 0
-    assert asked(step, token_type_ids=ids)[1] == 1, "what a recording does not have"
-    served.layers.step, served.metadata, before = step, None, served.num_calls
+    decode, prompts = new_step([3, 20, 1, 1]), token_by_token([(0, 3), (9, 1)])
+    for step in (decode, prompts):
+        with told_of(served, step):
+            expected = plain(ids, positions)
+        found, num_calls = asked(step)
+        torch.testing.assert_close(found, expected, atol=ATOL, rtol=ATOL)
+        assert num_calls == 0
+        found, num_calls = asked(step, inputs_embeds=served.embed_input_ids(ids))
+        torch.testing.assert_close(found, expected, atol=ATOL, rtol=ATOL)
+        assert num_calls == 0
+        assert asked(step, token_type_ids=ids)[1] == 1, "what a recording does not have"
+    served.metadata, before = None, served.num_calls
     with in_context(None):
         served.forward(ids, positions)
     assert served.num_calls == before + 1, "a dummy run"
+    with told_of(served, prompts):
+        served.metadata.num_actual_tokens = 3
+        served.forward(ids, positions)
+    assert served.num_calls == before + 2, "rows that are no tokens"
     ids = positions = torch.arange(MAX_ROWS + 1)
     served.layers.batch.clear()
     assert asked(new_step([2] * (MAX_ROWS + 1)))[1] == 1, "more rows than were recorded"
+    assert asked(token_by_token([(0, MAX_ROWS + 1)]))[1] == 1, "more rows than were recorded"
 
 
 def test_without_a_rehearsal_nothing_is_replayed() -> None:
@@ -171,6 +226,18 @@ def test_a_recording_without_adapters_would_answer_in_their_names() -> None:
     for product in served.layers.products:
         product.add(None)
     assert why_not(served) == "no layer that adapters change was called"
+
+
+def test_attention_that_is_not_the_backends_is_not_asked_for_prompts() -> None:
+    served = Served()
+    served.layers.attention[1] = Model().attention[1]
+    plain = served.layers.attention[1].attend
+
+    def attend(*arguments: Any) -> None:
+        plain(*arguments[:-1], arguments[-1].decode)
+
+    served.layers.attention[1].attend = attend
+    assert why_not(served) == "a layer attends past vLLM's backend"
 
 
 def test_a_cache_of_too_few_blocks_is_not_written_beyond() -> None:

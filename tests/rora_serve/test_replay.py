@@ -86,7 +86,7 @@ class Model:
             product.add(DeltasAfterProduct(layer, self.batch))
             self.products.append(product)
         self.activation = activations.Activation(self.threads)
-        self.attention = [
+        self.attention: list[Any] = [
             decoding.DecodeLayer(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, 0.3) for _ in range(NUM_LAYERS)
         ]
         # What is done once, such as copying weights, is done before a step is recorded.
@@ -204,6 +204,73 @@ def test_replayed_steps_are_those_of_the_layers(num_threads: int) -> None:
                 torch.testing.assert_close(cache, other, atol=ATOL, rtol=ATOL)
             again = plan.run(hidden, positions, model.step, model.batch.tokens.tables)
             assert torch.equal(found, again), "a step is the same each time"
+
+
+class TokenByToken:
+    """Attends as a loop of steps of one token."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def attend(
+        self,
+        query: Tensor,
+        new: tuple[Tensor, Tensor],
+        cache: Tensor,
+        output: Tensor,
+        steps: list[Any],
+    ) -> None:
+        for row, step in enumerate(steps):
+            one = slice(row, row + 1)
+            self._layer.attend(query[one], (new[0][one], new[1][one]), cache, output[one], step)
+
+
+def token_by_token(lengths: list[tuple[int, int]]) -> list[Any]:
+    """Steps of one token for sequences of so many tokens before, and of so many new ones."""
+    steps = []
+    for row, (before, new) in enumerate(lengths):
+        blocks = torch.tensor([[2 * row, 2 * row + 1]], dtype=torch.int32)
+        for at in range(before, before + new):
+            length = torch.tensor([at + 1], dtype=torch.int32)
+            slot = torch.tensor([2 * row * BLOCK_SIZE + at])
+            steps.append(decoding.DecodeStep(length, blocks, slot, BLOCK_SIZE))
+    return steps
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_steps_with_prompts_are_those_of_the_layers_but_for_attention(num_threads: int) -> None:
+    model = Model(num_threads)
+    plan = model.plan()
+    assert plan.num_attending == NUM_LAYERS
+    slots = {key: model.slot(key) for key in (1, 2)}
+    layers = model.attention = [TokenByToken(layer) for layer in model.attention]
+    generator = torch.Generator().manual_seed(1)
+    for lengths, adapters in (
+        ([(0, 7)], [1]),
+        ([(0, 5), (20, 1), (14, 4), (3, 1)], [1, 0, 2, 2]),
+        ([(0, 3), (9, 1)], [0, 0]),
+        ([(0, MAX_ROWS)], [2]),
+    ):
+        rows = [key for (_, new), key in zip(lengths, adapters, strict=True) for _ in range(new)]
+        steps = model.step = token_by_token(lengths)
+        model.batch.set_rows(rows, rows, slots)
+        hidden = torch.randn(len(rows), HIDDEN, generator=generator)
+        positions = torch.randint(0, 50, (len(rows),), generator=generator)
+
+        def attend(
+            layer: int, query: Tensor, new: Any, output: Tensor, *, steps: Any = steps
+        ) -> None:
+            layers[layer].attend(query, new, model.caches[layer], output, steps)
+
+        caches = [cache.clone() for cache in model.caches]
+        expected = model(hidden.clone(), positions)
+        of_layers = [cache.clone() for cache in model.caches]
+        for cache, before in zip(model.caches, caches, strict=True):
+            cache.copy_(before)
+        found = plan.run_between(hidden, positions, attend, model.batch.tokens.tables)
+        torch.testing.assert_close(found, expected, atol=ATOL, rtol=ATOL)
+        for cache, other in zip(model.caches, of_layers, strict=True):
+            torch.testing.assert_close(cache, other, atol=ATOL, rtol=ATOL)
 
 
 def test_a_row_is_the_same_alone_and_beside_others() -> None:
