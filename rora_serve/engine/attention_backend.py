@@ -79,7 +79,7 @@ class Attending(NamedTuple):
     def attend(
         self, query: Tensor, new: tuple[Tensor, Tensor] | None, output: Tensor, metadata: Any
     ) -> None:
-        """Do what was asked for of other tokens."""
+        """Ask it the same of other tokens; tensors as `DecodeImpl.forward`'s."""
         key: Any
         value: Any
         key, value = new or (None, None)

@@ -136,7 +136,7 @@ def rehearse(model_runner: Any) -> None:
 
 
 def rehearse_decoding(model_runner: Any) -> None:
-    """Do the same as a step of decoding, of which layers are told as of a real one.
+    """Do the same as a step of decoding, and as one with prompts, of which layers are told.
 
     Each sequence may have a block of the KV cache; the first one is vLLM's.
     """
@@ -144,6 +144,10 @@ def rehearse_decoding(model_runner: Any) -> None:
     limits = (model_runner.max_num_reqs, model_runner.max_num_tokens, max(num_blocks, 1))
     num_seqs = min(_REHEARSED_TOKENS, *limits)
     model_runner._dummy_run(num_seqs, num_active_loras=1, uniform_decode=True, force_attention=True)
+    num_tokens = min(_REHEARSED_TOKENS, model_runner.max_num_tokens)
+    model_runner._dummy_run(
+        num_tokens, num_active_loras=1, create_mixed_batch=True, force_attention=True
+    )
 
 
 def metadata_builders(model_runner: Any) -> list[Any]:

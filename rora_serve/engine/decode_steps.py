@@ -73,8 +73,8 @@ class DecodeSteps:
         metadata = None
         if intermediate_tensors is None and not more and positions.dim() == 1:
             metadata = _metadata()
-        if metadata is not None and metadata.decode is not None and self._num_blocks:
-            self._make_plan(metadata, metadata.decode, input_ids, inputs_embeds, positions)
+        if metadata is not None and self._num_blocks:
+            self._rehearse(metadata, input_ids, inputs_embeds, positions)
         plan = self._plan
         if (
             plan is None
@@ -99,52 +99,63 @@ class DecodeSteps:
 
         return attend
 
-    def _make_plan(
+    def _rehearse(
         self,
         metadata: DecodeMetadata,
-        step: DecodeStep,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         positions: Tensor,
     ) -> None:
-        """Record a step, and keep the plan if it gives what the model gives."""
+        """Record a step of decoding, or try another one by what was recorded.
+
+        A plan is kept if it gives what the model gives.
+        """
         try:
-            if step.num_seqs >= self._num_blocks:
-                raise NotRecordableError(
-                    f"the KV cache has {self._num_blocks} blocks, more than {step.num_seqs} are "
-                    "needed to try it"
-                )
             hidden = (
                 self._model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
             )
-            # Whatever is done once is done now. Sums are written to what layers get.
-            self._forward(None, positions, None, hidden.clone())
-            shapes = [
-                ((self._max_rows, hidden.shape[1]), hidden.dtype),
-                ((self._max_rows,), torch.int64),
-            ]
-            with DecodeImpl.noting() as self._attending:
-                recording = record(
-                    lambda hidden, positions: self._forward(None, positions, None, hidden),
-                    shapes,
-                    self._threads,
-                )
-            plan = Plan(recording, self._threads)
-            if len(self._attending) != plan.num_attending:
-                raise NotRecordableError("a layer attends past vLLM's backend")
-            if not plan.has_deltas:
-                raise NotRecordableError("no layer that adapters change was called")
-            self._try(plan, step.num_seqs, metadata, step.block_size)
-            self._batch.clear()  # fewer rows, of the base
-            self._try(plan, (step.num_seqs + 1) // 2, metadata, step.block_size)
+            if metadata.decode is not None:
+                self._plan = self._new_plan(metadata, metadata.decode, hidden, positions)
+                self.problem = ""
+            elif self._plan is not None:
+                self._try_prompts(self._plan, metadata, positions)
         except NotRecordableError as error:
-            self.problem = str(error)
+            self._plan, self.problem = None, str(error)
         except Exception as error:
             # What other models do with tensors that mean nothing is not known; without a plan they
             # are served as before.
-            self.problem = f"{type(error).__name__}: {error}"
-        else:
-            self._plan, self.problem = plan, ""
+            self._plan, self.problem = None, f"{type(error).__name__}: {error}"
+
+    def _new_plan(
+        self, metadata: DecodeMetadata, step: DecodeStep, hidden: Tensor, positions: Tensor
+    ) -> Plan:
+        """Record a step and try it. Raises: NotRecordableError: it can not be replayed."""
+        if step.num_seqs >= self._num_blocks:
+            raise NotRecordableError(
+                f"the KV cache has {self._num_blocks} blocks, more than {step.num_seqs} are "
+                "needed to try it"
+            )
+        # Whatever is done once is done now. Sums are written to what layers get.
+        self._forward(None, positions, None, hidden.clone())
+        shapes = [
+            ((self._max_rows, hidden.shape[1]), hidden.dtype),
+            ((self._max_rows,), torch.int64),
+        ]
+        with DecodeImpl.noting() as self._attending:
+            recording = record(
+                lambda hidden, positions: self._forward(None, positions, None, hidden),
+                shapes,
+                self._threads,
+            )
+        plan = Plan(recording, self._threads)
+        if len(self._attending) != plan.num_attending:
+            raise NotRecordableError("a layer attends past vLLM's backend")
+        if not plan.has_deltas:
+            raise NotRecordableError("no layer that adapters change was called")
+        self._try(plan, step.num_seqs, metadata, step.block_size)
+        self._batch.clear()  # fewer rows, of the base
+        self._try(plan, (step.num_seqs + 1) // 2, metadata, step.block_size)
+        return plan
 
     def _try(self, plan: Plan, num_seqs: int, metadata: DecodeMetadata, block_size: int) -> None:
         """Make a step both ways, of random numbers, each sequence in a block of its own.
@@ -164,19 +175,29 @@ class DecodeSteps:
         tables = self._batch.tokens.tables
         kept, metadata.decode = metadata.decode, step
         try:
-            found = [
-                plan.run(hidden, positions, step, tables).clone(),
-                plan.run_between(hidden, positions, self._told(metadata), tables).clone(),
-            ]
-            expected = self._forward(None, positions, None, hidden)
+            expected = self._forward(None, positions, None, hidden.clone())
+            found = plan.run(hidden, positions, step, tables)
+            _check(found, expected, f"a replayed step of {num_seqs} sequences")
         finally:
             metadata.decode = kept
-        for each in found:
-            difference = float((each - expected).abs().max() / expected.abs().max())
-            if not difference <= _TOLERANCE:
-                raise NotRecordableError(
-                    f"a replayed step of {num_seqs} sequences is off by {difference:.1e}"
-                )
+
+    def _try_prompts(self, plan: Plan, metadata: DecodeMetadata, positions: Tensor) -> None:
+        """Make a step with a prompt in it both ways, of random numbers.
+
+        Raises: NotRecordableError: results differ.
+        """
+        generator = torch.Generator().manual_seed(len(positions))
+        hidden = torch.randn(len(positions), plan.hidden_size, generator=generator)
+        expected = self._forward(None, positions, None, hidden.clone())
+        tables = self._batch.tokens.tables
+        found = plan.run_between(hidden, positions, self._told(metadata), tables)
+        _check(found, expected, f"a replayed step with prompts, of {len(positions)} tokens,")
+
+
+def _check(found: Tensor, expected: Tensor, what: str) -> None:
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= _TOLERANCE:
+        raise NotRecordableError(f"{what} is off by {difference:.1e}")
 
 
 def _metadata() -> DecodeMetadata | None:

@@ -11,10 +11,12 @@ Over a Unix socket in a folder of the server's own, one connection a slot:
     worker   {"published": true}
 
 lines of JSON, but for the byte. The loader writes where layers read: nothing is copied, and the
-worker's main thread, which wants the interpreter too, waits for nothing. A loader that stops
-halfway leaves nothing behind.
+worker's main thread, which wants the interpreter too, waits for nothing. Where a file in memory
+gets no large pages, before Linux 6.1, the worker copies the slot into memory of its own, which
+does. A loader that stops halfway leaves nothing behind.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -30,7 +32,7 @@ from typing import Any, Protocol
 from adapters import open_artifact
 from adapters.errors import EngineSeamError
 from rora_serve.engine.loading import lay_out
-from rora_serve.engine.pages import SharedPages
+from rora_serve.engine.pages import SharedPages, new_memory
 from rora_serve.engine.slots import Element, Site, Slot
 from rora_serve.side_process import LOADING_NICENESS, NICENESS, leave_computing_cores
 
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 SOCKET_VARIABLE = "RORA_SERVE_SOCKET"
 _WORKER_SECONDS = 120  # without a sign of life; it answers in milliseconds
 _REST_SECONDS = 0.5  # at most: who the adapter came in for may be gone, or wait for others
-_SPARE_BYTES = 64 * 1024**2
+_SPARE_BYTES = 64 * 1024**2  # of all together
 _MOST_SPARE = 4  # slots that memory is found for beforehand
 
 
@@ -75,9 +77,8 @@ def receive_slots(path: Path, holder: SlotHolder) -> None:
             try:
                 with turn, spare.at_rest():
                     first_step = _receive(self.connection, self.rfile, self.wfile, holder, spare)
-                    if first_step is None:
-                        return  # the adapter was refused
-                    first_step.wait(_REST_SECONDS)
+                    if first_step is not None:
+                        first_step.wait(_REST_SECONDS)
                 _let_others_go_first(NICENESS)  # for a load that may never come
                 spare.renew()
             except (OSError, ValueError) as error:  # the loader is gone; the server starts another
@@ -122,7 +123,7 @@ def _receive(
     if header is None:
         return None
     slot = Slot(
-        pages.memory.toreadonly(),
+        settled(pages).toreadonly(),
         element=Element[header["element"]],
         num_layers=holder.num_layers,
         num_parts=holder.num_parts,
@@ -130,6 +131,17 @@ def _receive(
     first_step = holder.publish(header["lora_int_id"], slot)
     _write(wfile, {"published": True})
     return first_step
+
+
+def settled(pages: SharedPages) -> memoryview:
+    """Return what was written to pages, in large ones if the system has any for this process."""
+    if pages.are_large:
+        return pages.memory
+    memory = new_memory(pages.num_bytes)
+    to, source = (ctypes.c_ubyte.from_buffer(piece) for piece in (memory, pages.memory))
+    # While other Python runs.
+    ctypes.memmove(ctypes.addressof(to), ctypes.addressof(source), pages.num_bytes)
+    return memory
 
 
 class _Spare:
@@ -172,15 +184,15 @@ class _Spare:
                 pages = self._found.popleft()
             else:
                 pages, self._looked_for = self._looked_for or SharedPages.new(num_bytes), None
-        pages.resize(num_bytes)
+        pages.seal(num_bytes)
         return pages
 
     def renew(self) -> None:
         """Get ready for other slots as large as the last ones: one, and more while they are small.
 
-        Nothing, if another thread does so already.
+        Nothing, if another thread does so already, or none came yet.
         """
-        if not self._renewing.acquire(blocking=False):
+        if not self._sizes or not self._renewing.acquire(blocking=False):
             return
         try:
             while self._find_one():

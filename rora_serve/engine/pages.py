@@ -1,8 +1,11 @@
 """Pages: memory from the system, in large pages, which goes back when nobody refers to it."""
 
 import ctypes
+import errno
+import fcntl
 import mmap
 import os
+import threading
 import weakref
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -35,25 +38,29 @@ def new_memory(num_bytes: int) -> memoryview:
 class SharedPages:
     """Memory that another process can write to: a file in memory, without a name, and mapped here.
 
-    In large pages as `new_memory`, where the system gives them: it keeps files in small ones unless
-    it is asked to put those of a piece into a large one (Linux 6.1), which costs no copy as long as
-    nothing was written there.
+    Linux keeps such files in pages of 4 KiB unless it is asked, since 6.1, to put those of a piece
+    into a large one, which costs no copy as long as nothing was written there.
 
     Args:
         file: its descriptor, which is closed with the last reference to this object.
         num_bytes: that the file has.
+
+    `are_large` tells whether large pages can be had, as far as is known by now.
     """
 
     def __init__(self, file: int, num_bytes: int) -> None:
         self.file, self.num_bytes = file, num_bytes
-        self._num_found = 0
+        self.are_large = True
+        self._found_bytes = 0
+        self._changing = threading.Lock()
         weakref.finalize(self, os.close, file).atexit = False
         self._memory = _unmapped_with_last_reference(_mapped(num_bytes, file), num_bytes)
 
     @classmethod
     def new(cls, num_bytes: int) -> "SharedPages":
         """Return some that no other process knows yet. Raises: OSError: too many files are open."""
-        pages = cls(os.memfd_create("rora-serve-slot", os.MFD_CLOEXEC), num_bytes)
+        kind = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        pages = cls(os.memfd_create("rora-serve-slot", kind), num_bytes)
         os.ftruncate(pages.file, num_bytes)
         return pages
 
@@ -62,35 +69,52 @@ class SharedPages:
         """Their bytes, which stay as long as something refers to them."""
         return self._memory[: self.num_bytes]
 
-    def resize(self, num_bytes: int) -> None:
-        """Give back what is beyond so many bytes, or add what lacks; no one may use them yet."""
-        os.ftruncate(self.file, num_bytes)
-        if num_bytes > len(self._memory):
-            start = _mapped(num_bytes, self.file)
-            self._memory = _unmapped_with_last_reference(start, num_bytes)
-            self._num_found = self._num_found // HUGE_PAGE * HUGE_PAGE
-        self.num_bytes = num_bytes
+    def seal(self, num_bytes: int) -> None:
+        """Have so many bytes for good, for another process to write to.
+
+        The rest goes back, and what lacks is added. Who could cut the file would end the process
+        that reads it.
+        """
+        with self._changing:
+            os.ftruncate(self.file, num_bytes)
+            fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            if num_bytes > len(self._memory):
+                start = _mapped(num_bytes, self.file)
+                self._memory = _unmapped_with_last_reference(start, num_bytes)
+                self._found_bytes = self._found_bytes // HUGE_PAGE * HUGE_PAGE
+            self.num_bytes = num_bytes
 
     def find_some(self) -> bool:
         """Let the system find the next 2 MiB now; what is written there, by whomever, stays.
 
-        Of a virtual machine they may come from its host, in milliseconds. Other Python runs
+        In a virtual machine the host may have to find them too, for milliseconds. Other Python runs
         meanwhile. Returns: whether there were some left.
         """
-        at = self._num_found
-        size = min(HUGE_PAGE, self.num_bytes - at)
-        if size <= 0:
-            return False
-        self._num_found = at + size
-        start = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._memory)) + at
-        # A piece without any page can not be collapsed.
-        is_large = size == HUGE_PAGE and not (
-            LIBC.madvise(start, mmap.PAGESIZE, _MADV_POPULATE_WRITE)
-            or LIBC.madvise(start, size, _MADV_COLLAPSE)
-        )
-        if not is_large:
-            LIBC.madvise(start, size, _MADV_POPULATE_WRITE)
-        return True
+        with self._changing:
+            at = self._found_bytes
+            size = min(HUGE_PAGE, self.num_bytes - at)
+            if size <= 0:
+                return False
+            if size < HUGE_PAGE or not self._collapse(at):
+                self._populate(at, size)
+            self._found_bytes = at + size
+            return True
+
+    def _collapse(self, at: int) -> bool:
+        self._populate(at, mmap.PAGESIZE)  # a piece without any page can not be collapsed
+        if LIBC.madvise(self._address + at, HUGE_PAGE, _MADV_COLLAPSE) == 0:
+            return True
+        if ctypes.get_errno() == errno.EINVAL:  # and not for lack of a large page now
+            self.are_large = False
+        return False
+
+    def _populate(self, at: int, size: int) -> None:
+        if LIBC.madvise(self._address + at, size, _MADV_POPULATE_WRITE):  # before Linux 5.14
+            bytes(self._memory[at : at + size : mmap.PAGESIZE])  # what is read is there
+
+    @property
+    def _address(self) -> int:
+        return ctypes.addressof(ctypes.c_ubyte.from_buffer(self._memory))
 
 
 def _mapped(num_bytes: int, file: int = -1) -> int:
@@ -106,7 +130,11 @@ def _mapped(num_bytes: int, file: int = -1) -> int:
     address = _map(None, span, _PROT_NONE, reserved, -1)
     start = _aligned(address, HUGE_PAGE)
     kind = reserved if file < 0 else mmap.MAP_SHARED
-    _map(start, size, mmap.PROT_READ | mmap.PROT_WRITE, kind | _MAP_FIXED, file)
+    try:
+        _map(start, size, mmap.PROT_READ | mmap.PROT_WRITE, kind | _MAP_FIXED, file)
+    except OSError:
+        LIBC.munmap(address, span)
+        raise
     if start > address:
         LIBC.munmap(address, start - address)
     LIBC.munmap(start + size, address + span - start - size)

@@ -114,7 +114,7 @@ class _Heads(NamedTuple):
 
 
 class Plan:
-    """A step that was recorded, of decoding.
+    """A step of decoding that was recorded, to be made again with other tokens.
 
     Args:
         recording: of a model, given hidden states, [max_rows, hidden_size], and positions,

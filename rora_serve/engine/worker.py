@@ -28,7 +28,8 @@ from rora_serve.engine.kv_memory import kv_memory
 from rora_serve.engine.manager import RaggedLoraManager
 from rora_serve.engine.threads import Threads
 
-# Tokens of a step that is replayed, at least; in longer ones calls from Python hardly count.
+# A recording has room for so many tokens, or all sequences if they are more; in longer steps calls
+# from Python hardly count.
 _REPLAYED_TOKENS = 256
 
 
@@ -112,7 +113,7 @@ class RaggedCpuWorker(CPUWorker):
         return times
 
     def _let_steps_be_replayed(self, ragged: RaggedLoraManager) -> str:
-        """Let steps of decoding be replayed. Returns: why they are not; "" if they are."""
+        """Let steps be replayed. Returns: why they are not; "" if they are."""
         runner = self.model_runner
         if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
             return "the model is compiled"
@@ -154,7 +155,7 @@ class RaggedCpuWorker(CPUWorker):
     def rora_status(self) -> dict[str, Any]:
         """Answer the start-up handshake: is our manager the one in use, on how many layers.
 
-        And why steps of decoding are not replayed, "" where they are.
+        And why steps are not replayed, "" where they are.
         """
         in_use: Any = self.model_runner.lora_manager
         active = self._ragged is not None and in_use is self._ragged

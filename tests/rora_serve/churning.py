@@ -134,17 +134,15 @@ async def _traffic(
 
 
 def _memory_mb(server: Server) -> float:
-    """Return what all of the server's processes hold of the system's memory, without files.
+    """Return what all of the server's processes hold of the system's memory, without files on disk.
 
-    Pages of files, as of libraries, count for one process or for several by who else runs them.
+    Pages of such files, as of libraries, count for one process or for several by who else runs
+    them. Slots, which processes share while one of them lays them out, count once.
     """
     parent = psutil.Process(server.process.pid)
     total = 0
     for process in (parent, *parent.children(recursive=True)):
-        (line,) = (
-            line
-            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            if line.startswith("RssAnon:")
-        )
-        total += int(line.split()[1])
+        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+                total += int(line.split()[1])
     return total * 1024 / 1e6

@@ -125,6 +125,9 @@ def rehearsed(served: Served, *, num_blocks: int = NUM_BLOCKS) -> Any:
     served.layers.batch.set_rows([1] * 3, [1] * 3, {1: served.layers.slot_of_all()})
     with told_of(served, new_step([1, 1, 1])), steps.rehearsal(num_blocks):
         served.forward(torch.arange(3), torch.arange(3))
+        served.layers.batch.set_rows([1] * 4, [1] * 4, {1: served.layers.slot_of_all()})
+        with told_of(served, token_by_token([(0, 1), (0, 3)])):
+            served.forward(torch.arange(4), torch.arange(4))
     served.layers.batch.clear()
     return steps
 
@@ -207,18 +210,25 @@ def test_a_model_that_needs_what_a_recording_has_not_is_served_layer_by_layer(
     assert why_not(served) == "TypeError: no tokens"
 
 
+@pytest.mark.parametrize(
+    ("way", "what"),
+    [
+        ("run", "a replayed step of 3 sequences"),
+        ("run_between", "a replayed step with prompts, of 4 tokens,"),
+    ],
+)
 def test_a_recording_that_differs_from_the_model_is_thrown_away(
-    monkeypatch: pytest.MonkeyPatch,
+    way: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = replay.Plan.run
+    run = getattr(replay.Plan, way)
 
     def run_wrongly(plan: Any, hidden: Tensor, *arguments: Any) -> Tensor:
         found: Tensor = run(plan, hidden, *arguments)
         found[-1, -1] += 0.1
         return found
 
-    monkeypatch.setattr(replay.Plan, "run", run_wrongly)
-    assert why_not(Served()).startswith("a replayed step of 3 sequences is off by ")
+    monkeypatch.setattr(replay.Plan, way, run_wrongly)
+    assert why_not(Served()).startswith(f"{what} is off by ")
 
 
 def test_a_recording_without_adapters_would_answer_in_their_names() -> None:
@@ -230,13 +240,15 @@ def test_a_recording_without_adapters_would_answer_in_their_names() -> None:
 
 def test_attention_that_is_not_the_backends_is_not_asked_for_prompts() -> None:
     served = Served()
-    served.layers.attention[1] = Model().attention[1]
-    plain = served.layers.attention[1].attend
+    plain = Model().attention[1]
 
-    def attend(*arguments: Any) -> None:
-        plain(*arguments[:-1], arguments[-1].decode)
+    def attend(query: Tensor, new: Any, cache: Tensor, output: Tensor, told: Any) -> None:
+        if told.decode is None:
+            TokenByToken(plain).attend(query, new, cache, output, told.scheduler_metadata)
+        else:
+            plain.attend(query, new, cache, output, told.decode)
 
-    served.layers.attention[1].attend = attend
+    served.layers.attention[1] = SimpleNamespace(attend=attend)
     assert why_not(served) == "a layer attends past vLLM's backend"
 
 

@@ -217,7 +217,7 @@ def test_pages_are_found_without_touching_what_is_there_and_large_where_they_can
     assert [pages.find_some() for _ in range(5)] == [True] * 4 + [False]
     assert bytes(pages.memory[3 * MIB - 1 : 3 * MIB + 6]) == b"\0there\0"
     pages.memory[6 * MIB :] = b"x" * MIB
-    pages.resize(9 * MIB)
+    pages.seal(9 * MIB)
     while pages.find_some():
         pass
     assert bytes(pages.memory[3 * MIB : 3 * MIB + 5]) == b"there"
@@ -225,6 +225,37 @@ def test_pages_are_found_without_touching_what_is_there_and_large_where_they_can
     assert len(bytes(pages.memory)) == 9 * MIB
     if _gives_large_pages():
         assert _mapping_of(pages.memory)["ShmemPmdMapped"] == 8 * 1024
+
+
+def test_nobody_can_cut_what_another_process_reads() -> None:
+    pages = SharedPages.new(MIB)
+    pages.seal(MIB // 2)
+    for num_bytes in (0, MIB):
+        with pytest.raises(PermissionError):
+            os.ftruncate(pages.file, num_bytes)
+    pages.memory[:2] = b"ab"
+    assert os.pread(pages.file, 2, 0) == b"ab"
+
+
+@pytest.mark.parametrize(
+    ("missing", "are_large"), [("_MADV_COLLAPSE", False), ("_MADV_POPULATE_WRITE", True)]
+)
+def test_older_systems_find_pages_too_and_slots_are_in_large_ones(
+    missing: str, are_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"rora_serve.engine.pages.{missing}", 9999)
+    pages = SharedPages.new(5 * MIB)
+    pages.memory[3 * MIB] = 7
+    before = psutil.Process().memory_info().rss
+    while pages.find_some():
+        pass
+    assert psutil.Process().memory_info().rss - before > 4 * MIB
+    assert pages.are_large is (are_large and _gives_large_pages())
+    memory = handover.settled(pages)
+    assert bytes(memory) == bytes(3 * MIB) + b"\7" + bytes(2 * MIB - 1)
+    is_copy = not pages.are_large
+    pages.memory[0] = 1
+    assert memory[0] == (0 if is_copy else 1)
 
 
 def _gives_large_pages() -> bool:
@@ -269,7 +300,7 @@ def test_memory_that_was_found_before_gives_back_what_a_slot_does_not_need() -> 
     while pages.find_some():
         pass
     assert psutil.Process().memory_info().rss - before > 20 * MIB
-    pages.resize(5 * MIB + 1)
+    pages.seal(5 * MIB + 1)
     numbers = np.frombuffer(pages.memory, np.uint8)
     assert not numbers.any()
     assert psutil.Process().memory_info().rss - before < 6 * MIB
@@ -301,6 +332,34 @@ def test_memory_is_found_for_several_slots_and_lent_to_one_each() -> None:
     spare._found.clear()
     spare.renew()
     assert [pages.num_bytes for pages in spare._found] == [64 * MIB], "of large ones a part"
+
+
+def test_a_slot_may_get_memory_of_which_a_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    spare = handover._Spare()
+    spare.take(9 * MIB)
+    half_way, go_on = threading.Event(), threading.Event()
+    find_some = SharedPages.find_some
+
+    def find_slowly(pages: SharedPages) -> bool:
+        if threading.current_thread() is thread and pages._found_bytes == 4 * MIB:
+            half_way.set()
+            assert go_on.wait(60)
+        return find_some(pages)
+
+    monkeypatch.setattr(SharedPages, "find_some", find_slowly)
+    thread = threading.Thread(target=spare.renew)
+    thread.start()
+    assert half_way.wait(60)
+    pages = spare.take(15 * MIB)
+    go_on.set()
+    assert pages._found_bytes == 4 * MIB
+    while pages.find_some():
+        pass
+    pages.memory[:] = b"x" * 15 * MIB
+    assert bytes(pages.memory) == b"x" * 15 * MIB
+    thread.join(60)
+    assert not thread.is_alive()
+    assert pages not in spare._found
 
 
 def test_memory_is_not_looked_for_beside_a_load_that_has_some() -> None:
@@ -337,8 +396,17 @@ def test_one_slot_after_the_other_is_handed_over_whatever_their_sizes(tmp_path: 
         assert bytes(holder.slots[number].memory) == read(folder).memory[:]
 
 
+def _slot_files() -> list[str]:
+    """Files in memory that are open: of slots to come, and of those that are being laid out."""
+    names = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(link))  # noqa: PTH115  (of a file without a name)
+    return [name for name in names if "rora-serve-slot" in name]
+
+
 def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
-    holder = Holder()
+    holder, num_files = Holder(), len(_slot_files())
     receive_slots(tmp_path / "socket", holder)
     folder = make(tmp_path / "a", {"m.v": (1, 6, 4), "m.o": (200, 8, 6)})
     expected = read(folder)
@@ -353,6 +421,8 @@ def test_a_slot_is_handed_over_as_it_was_laid_out(tmp_path: Path) -> None:
     with pytest.raises(AdapterMismatchError, match=r"m\.x"):
         hand_over(tmp_path / "socket", 8, misfit, other_digest)
     assert list(holder.slots) == [7]
+    # What was refused has gone, and others are ready.
+    _wait_until(lambda: len(_slot_files()) == num_files + handover._MOST_SPARE)
     with pytest.raises(EngineSeamError, match="takes no adapters"):
         hand_over(tmp_path / "nobody", 8, folder, digest)
 

@@ -237,6 +237,33 @@ def token_by_token(lengths: list[tuple[int, int]]) -> list[Any]:
     return steps
 
 
+def test_layers_that_put_nothing_into_the_cache_are_asked_without_keys() -> None:
+    """As those that read another layer's."""
+    model = Model()
+    cache = model.caches[0]
+    kept: list[Any] = []
+
+    def reading(x: Tensor, _: Tensor) -> Tensor:
+        query = x[:, :32].contiguous().view(-1, 1, HEAD_DIM)
+        output = torch.empty(len(x), 1, HEAD_DIM)
+        one = decoding.DecodeLayer(1, 1, HEAD_DIM, 0.3)
+        one.attend(query, None, cache[:, :1], output, model.step)
+        kept.append(one)
+        return output.view(-1, HEAD_DIM)
+
+    plan = replay.Plan(recording.record(reading, SHAPES, model.threads), model.threads)
+    asked = []
+
+    def attend(number: int, query: Tensor, new: Any, output: Tensor) -> None:
+        asked.append((number, new))
+        torch.mul(query, 2, out=output)
+
+    x = torch.randn(5, HIDDEN)
+    found = plan.run_between(x, torch.arange(5), attend, None)
+    assert torch.equal(found, 2 * x[:, :32])
+    assert asked == [(0, None)]
+
+
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_steps_with_prompts_are_those_of_the_layers_but_for_attention(num_threads: int) -> None:
     model = Model(num_threads)
