@@ -121,7 +121,7 @@ class RaggedCpuWorker(CPUWorker):
             return f"the model computes in {self.model_config.dtype}, not in float32"
         # numba: as in `init_device`.
         from rora_serve.engine.attention_backend import DecodeMetadataBuilder  # noqa: PLC0415
-        from rora_serve.engine.decode_steps import DecodeSteps  # noqa: PLC0415
+        from rora_serve.engine.replayed_steps import ReplayedSteps  # noqa: PLC0415
 
         builders = metadata_builders(runner)
         if not all(isinstance(builder, DecodeMetadataBuilder) for builder in builders):
@@ -129,7 +129,7 @@ class RaggedCpuWorker(CPUWorker):
         if len(builders) != 1:
             return f"{len(builders)} kinds of layers attend"
         max_rows = min(max(runner.max_num_reqs, _REPLAYED_TOKENS), runner.max_num_tokens)
-        steps = DecodeSteps(runner.model, ragged.batch, max_rows=max_rows)
+        steps = ReplayedSteps(runner.model, ragged.batch, max_rows=max_rows)
         with steps.rehearsal(runner.kv_cache_config.num_blocks):
             rehearse_decoding(runner)
         return steps.problem

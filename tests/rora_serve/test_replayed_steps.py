@@ -30,7 +30,7 @@ from tests.rora_serve.test_replay import (
 # As rora_serve.engine.worker does: numba must come after vLLM.
 backend = importlib.import_module("rora_serve.engine.attention_backend")
 decoding = importlib.import_module("rora_serve.engine.decoding")
-decode_steps = importlib.import_module("rora_serve.engine.decode_steps")
+replayed_steps = importlib.import_module("rora_serve.engine.replayed_steps")
 replay = importlib.import_module("rora_serve.engine.replay")
 
 MAX_ROWS, VOCABULARY = 9, 30
@@ -121,7 +121,7 @@ def in_context(attn_metadata: Any) -> AbstractContextManager[None]:
 
 
 def rehearsed(served: Served, *, num_blocks: int = NUM_BLOCKS) -> Any:
-    steps = decode_steps.DecodeSteps(served, served.layers.batch, max_rows=MAX_ROWS)
+    steps = replayed_steps.ReplayedSteps(served, served.layers.batch, max_rows=MAX_ROWS)
     served.layers.batch.set_rows([1] * 3, [1] * 3, {1: served.layers.slot_of_all()})
     with told_of(served, new_step([1, 1, 1])), steps.rehearsal(num_blocks):
         served.forward(torch.arange(3), torch.arange(3))
@@ -173,7 +173,7 @@ def test_steps_are_replayed_if_they_are_short_and_others_are_not() -> None:
 
 def test_without_a_rehearsal_nothing_is_replayed() -> None:
     served = Served()
-    steps = decode_steps.DecodeSteps(served, served.layers.batch, max_rows=MAX_ROWS)
+    steps = replayed_steps.ReplayedSteps(served, served.layers.batch, max_rows=MAX_ROWS)
     with told_of(served, new_step([1, 1])):
         served.forward(torch.arange(2), torch.arange(2))
     assert served.num_calls == 1

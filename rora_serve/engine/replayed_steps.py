@@ -1,4 +1,4 @@
-"""DecodeSteps: a model's steps, of decoding and with short prompts, replayed where they can be.
+"""ReplayedSteps: a model's steps, of decoding and with short prompts, replayed if they can be.
 
 Import this module only in a worker that runs: see rora_serve.engine.replay.
 """
@@ -23,7 +23,7 @@ _SEQ_TOKENS = 2  # of each, so that scores matter
 _TOLERANCE = 1e-4
 
 
-class DecodeSteps:
+class ReplayedSteps:
     """Stands in front of a model, and replays its steps.
 
     Args:
@@ -52,6 +52,8 @@ class DecodeSteps:
     @contextmanager
     def rehearsal(self, num_blocks: int) -> Iterator[None]:
         """Surround a step of decoding that touches every layer, of which a plan is made.
+
+        And steps with prompts after it, by which it is tried.
 
         Args: num_blocks: of the KV cache, in which nothing is kept yet.
         """
