@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rora_serve.engine.pages import HUGE_PAGE, LIBC
+from rora_serve.engine.pages import HUGE_PAGE, LIBC, MADV_POPULATE_WRITE
 from rora_serve.memory import available_memory
 from rora_serve.side_process import leave_computing_cores
 
-_MADV_POPULATE_WRITE = 23  # finds pages and leaves their content as it is; Linux 5.14
 # Times as much as the cache has to be free, so that vLLM, which looks for room beside what was
 # found by then, sees enough.
 _MARGIN = 3
@@ -84,7 +83,7 @@ class KvMemory(TorchFunctionMode):
                 if not self._is_used:
                     ctypes.memset(at, 0, size)
                     continue
-            if LIBC.madvise(at, size, _MADV_POPULATE_WRITE):
+            if LIBC.madvise(at, size, MADV_POPULATE_WRITE):
                 return  # an old system; they are found when they are written to
 
 

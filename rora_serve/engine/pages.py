@@ -18,7 +18,8 @@ LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 HUGE_PAGE = 2 * 1024 * 1024
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PROT_NONE, _MAP_FIXED = 0, 16
-_MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 14, 23, 25
+_MADV_COLLAPSE = 25
+MADV_POPULATE_WRITE = 23  # finds pages and leaves their content as it is; Linux 5.14
 
 
 def new_memory(num_bytes: int) -> memoryview:
@@ -31,7 +32,7 @@ def new_memory(num_bytes: int) -> memoryview:
     start = _mapped(num_bytes)
     whole = num_bytes // HUGE_PAGE * HUGE_PAGE
     if whole:
-        LIBC.madvise(start, whole, _MADV_HUGEPAGE)  # a wish; small pages do as well
+        LIBC.madvise(start, whole, mmap.MADV_HUGEPAGE)  # a wish; small pages do as well
     return _unmapped_with_last_reference(start, num_bytes)
 
 
@@ -109,7 +110,7 @@ class SharedPages:
         return False
 
     def _populate(self, at: int, size: int) -> None:
-        if LIBC.madvise(self._address + at, size, _MADV_POPULATE_WRITE):  # before Linux 5.14
+        if LIBC.madvise(self._address + at, size, MADV_POPULATE_WRITE):  # an older system
             bytes(self._memory[at : at + size : mmap.PAGESIZE])  # what is read is there
 
     @property

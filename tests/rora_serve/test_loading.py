@@ -238,7 +238,7 @@ def test_nobody_can_cut_what_another_process_reads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "are_large"), [("_MADV_COLLAPSE", False), ("_MADV_POPULATE_WRITE", True)]
+    ("missing", "are_large"), [("_MADV_COLLAPSE", False), ("MADV_POPULATE_WRITE", True)]
 )
 def test_older_systems_find_pages_too_and_slots_are_in_large_ones(
     missing: str, are_large: bool, monkeypatch: pytest.MonkeyPatch
